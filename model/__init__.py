@@ -1,0 +1,6 @@
+"""Gemma 4 in plain PyTorch, on one device."""
+
+from model.config import ConfigError, Gemma4Config
+from model.gemma4 import Gemma4
+
+__all__ = ["ConfigError", "Gemma4", "Gemma4Config"]

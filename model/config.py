@@ -1,0 +1,282 @@
+"""Sizes of every Gemma 4: the config class and the registry of released and tiny variants.
+
+The registry is the single source of sizes. Released numbers are those of the published
+weights; `tiny_*` keep each structural feature of their parent at a size a laptop trains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+LayerType = Literal["sliding_attention", "full_attention"]
+
+
+class ConfigError(ValueError):
+    """A config that cannot work; the message is one line naming the cause and the fix."""
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """Sizes of one decoder layer.
+
+    `kv_source` is the layer whose keys and values this one uses: itself, or, for a KV
+    consumer, the last producer of the same type.
+    """
+
+    index: int
+    type: LayerType
+    head_dim: int
+    num_kv_heads: int
+    intermediate_size: int
+    kv_source: int
+    k_eq_v: bool
+    window: int | None
+
+    @property
+    def is_kv_consumer(self) -> bool:
+        return self.kv_source != self.index
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gemma4Config:
+    """Text decoder of Gemma 4; field names are those of the released `config.json`.
+
+    Raises `ConfigError` when sizes do not fit together.
+    """
+
+    vocab_size: int = 262_144
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    num_global_key_value_heads: int | None = None
+    """KV heads of full-attention layers; None means `num_key_value_heads`. Used only with `attention_k_eq_v`."""
+    head_dim: int = 256
+    global_head_dim: int = 512
+    sliding_window: int
+    """Keys a sliding layer sees, the query's own position included."""
+    sliding_window_pattern: int = 6
+    """Every n-th layer, and always the last, is a full-attention layer."""
+    attention_k_eq_v: bool = False
+    num_kv_shared_layers: int = 0
+    use_double_wide_mlp: bool = False
+    hidden_size_per_layer_input: int = 0
+    vocab_size_per_layer_input: int = 262_144
+    enable_moe_block: bool = False
+    num_experts: int | None = None
+    top_k_experts: int | None = None
+    moe_intermediate_size: int | None = None
+    rope_theta: float = 10_000.0
+    global_rope_theta: float = 1_000_000.0
+    partial_rotary_factor: float = 0.25
+    final_logit_softcapping: float = 30.0
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    max_position_embeddings: int = 131_072
+    pad_token_id: int = 0
+    eos_token_id: int = 1
+    bos_token_id: int = 2
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and not isinstance(value, bool) and value < 0:
+                raise ConfigError(f"model.{field.name}={value} is negative; sizes start at 1.")
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "sliding_window", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name}={getattr(self, name)} must be at least 1.")
+        for name in ("num_key_value_heads", "num_global_key_value_heads"):
+            kv_heads = getattr(self, name)
+            if kv_heads is not None and (kv_heads < 1 or self.num_attention_heads % kv_heads):
+                raise ConfigError(
+                    f"model.{name}={kv_heads} does not divide num_attention_heads={self.num_attention_heads}; "
+                    f"legal here: {_divisors(self.num_attention_heads)}."
+                )
+        for name in ("head_dim", "global_head_dim"):
+            if getattr(self, name) % 2 or getattr(self, name) < 2:
+                near = max(2, getattr(self, name) // 2 * 2)
+                raise ConfigError(
+                    f"model.{name}={getattr(self, name)} is not even, which rotary embedding needs; nearest: {near}."
+                )
+        if self.num_kv_shared_layers:
+            producers = set(self.layer_types[: self.first_kv_shared_layer])
+            if producers != set(self.layer_types):
+                most = self.num_hidden_layers - self.sliding_window_pattern
+                raise ConfigError(
+                    f"model.num_kv_shared_layers={self.num_kv_shared_layers} leaves no layer of each attention type "
+                    f"to make keys and values for the rest; largest legal here: {max(most, 0)}."
+                )
+        if self.enable_moe_block:
+            for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
+                if not getattr(self, name):
+                    raise ConfigError(f"model.enable_moe_block=true needs model.{name}, which is not set.")
+            assert self.num_experts and self.top_k_experts
+            if self.top_k_experts > self.num_experts:
+                raise ConfigError(
+                    f"model.top_k_experts={self.top_k_experts} exceeds num_experts={self.num_experts}; "
+                    f"largest legal here: {self.num_experts}."
+                )
+
+    @property
+    def layer_types(self) -> tuple[LayerType, ...]:
+        last = self.num_hidden_layers - 1
+        return tuple(
+            "full_attention" if (i + 1) % self.sliding_window_pattern == 0 or i == last else "sliding_attention"
+            for i in range(self.num_hidden_layers)
+        )
+
+    @property
+    def first_kv_shared_layer(self) -> int:
+        """Index of the first layer that makes no keys and values; `num_hidden_layers` if all do."""
+        return self.num_hidden_layers - self.num_kv_shared_layers
+
+    def layer(self, index: int) -> LayerConfig:
+        types = self.layer_types
+        full = types[index] == "full_attention"
+        consumer = index >= self.first_kv_shared_layer
+        source = index
+        if consumer:
+            source = max(i for i in range(self.first_kv_shared_layer) if types[i] == types[index])
+        k_eq_v = full and self.attention_k_eq_v
+        kv_heads = self.num_key_value_heads
+        if k_eq_v and self.num_global_key_value_heads is not None:
+            kv_heads = self.num_global_key_value_heads
+        return LayerConfig(
+            index=index,
+            type=types[index],
+            head_dim=self.global_head_dim if full else self.head_dim,
+            num_kv_heads=kv_heads,
+            intermediate_size=self.intermediate_size * (2 if consumer and self.use_double_wide_mlp else 1),
+            kv_source=source,
+            k_eq_v=k_eq_v,
+            window=None if full else self.sliding_window,
+        )
+
+    @classmethod
+    def from_name(cls, name: str, **overrides: Any) -> Gemma4Config:
+        """Config of a registered variant, e.g. `gemma4_31b` (`gemma4_` may be left out).
+
+        Raises `ConfigError` naming the nearest variant if there is none of that name.
+        """
+        return cls(**(variant_fields(name) | overrides))
+
+    def replace(self, **overrides: Any) -> Gemma4Config:
+        return dataclasses.replace(self, **overrides)
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+_E2B = {
+    "hidden_size": 1536,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 35,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+    "sliding_window": 512,
+    "sliding_window_pattern": 5,
+    "num_kv_shared_layers": 20,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 256,
+}
+_E4B = {
+    "hidden_size": 2560,
+    "intermediate_size": 10_240,
+    "num_hidden_layers": 42,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "sliding_window": 512,
+    "num_kv_shared_layers": 18,
+    "hidden_size_per_layer_input": 256,
+}
+_12B = {
+    "hidden_size": 3840,
+    "intermediate_size": 15_360,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "num_global_key_value_heads": 1,
+    "sliding_window": 1024,
+    "attention_k_eq_v": True,
+    "max_position_embeddings": 262_144,
+}
+_26B_A4B = {
+    "hidden_size": 2816,
+    "intermediate_size": 2112,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "num_global_key_value_heads": 2,
+    "sliding_window": 1024,
+    "attention_k_eq_v": True,
+    "enable_moe_block": True,
+    "num_experts": 128,
+    "top_k_experts": 8,
+    "moe_intermediate_size": 704,
+    "max_position_embeddings": 262_144,
+}
+_31B = {
+    "hidden_size": 5376,
+    "intermediate_size": 21_504,
+    "num_hidden_layers": 60,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 16,
+    "num_global_key_value_heads": 4,
+    "sliding_window": 1024,
+    "attention_k_eq_v": True,
+    "max_position_embeddings": 262_144,
+}
+_TINY = {
+    "vocab_size": 8192,
+    "vocab_size_per_layer_input": 8192,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 64,
+    "max_position_embeddings": 8192,
+}
+
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "e2b": _E2B,
+    "e4b": _E4B,
+    "12b": _12B,
+    "26b_a4b": _26B_A4B,
+    "31b": _31B,
+    "tiny_e2b": _E2B
+    | _TINY
+    | {"num_hidden_layers": 15, "num_kv_shared_layers": 10, "hidden_size_per_layer_input": 16},
+    "tiny_e4b": _E4B | _TINY | {"num_kv_shared_layers": 6, "hidden_size_per_layer_input": 16},
+    "tiny_12b": _12B | _TINY | {"num_key_value_heads": 4},
+    "tiny_26b_a4b": _26B_A4B
+    | _TINY
+    | {
+        "num_key_value_heads": 4,
+        "num_global_key_value_heads": 1,
+        "intermediate_size": 128,
+        "num_experts": 16,
+        "top_k_experts": 4,
+        "moe_intermediate_size": 64,
+    },
+    "tiny_31b": _31B | _TINY | {"num_key_value_heads": 4, "num_global_key_value_heads": 1},
+}
+# Base and instruction-tuned releases share one architecture.
+_VARIANTS |= {f"{name}_it": _VARIANTS[name] for name in ("e2b", "e4b", "12b", "26b_a4b", "31b")}
+
+VARIANT_NAMES: tuple[str, ...] = tuple(f"gemma4_{name}" for name in _VARIANTS)
+
+
+def variant_fields(name: str) -> dict[str, Any]:
+    """Config fields of a registered variant that differ from `Gemma4Config`'s defaults."""
+    key = name.removeprefix("gemma4_")
+    if key not in _VARIANTS:
+        near = difflib.get_close_matches(f"gemma4_{key}", VARIANT_NAMES, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"no Gemma 4 variant is named '{name}'; nearest: {near} (all: {', '.join(VARIANT_NAMES)}).")
+    return dict(_VARIANTS[key])

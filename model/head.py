@@ -1,0 +1,98 @@
+"""The output head: soft cap, and the fused linear cross entropy that never holds the batch's logits.
+
+Per chunk of tokens: logits, soft cap, log-sum-exp, and at once the gradients of hidden states
+and head, so the largest buffer is [chunk, V]. (Cut cross entropy goes further on a GPU but
+drops small gradients; this one is exact.)
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class CrossEntropy(NamedTuple):
+    """Sums over tokens, float32. `total` is differentiable and includes the z-loss."""
+
+    total: Tensor
+    nll: Tensor
+    z: Tensor
+
+
+def softcapped_logits(logits: Tensor, cap: float) -> Tensor:
+    return torch.tanh(logits / cap) * cap
+
+
+def linear_cross_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    *,
+    softcap: float,
+    z_loss: float = 0.0,
+    chunk_size: int | None = None,
+) -> CrossEntropy:
+    """Sum of -log softmax(softcap(h W^T))[label], plus `z_loss` times the squared log-sum-exp.
+
+    labels_T: [T] int64, all in [0, V); select supervised rows first. chunk_size: tokens per
+    chunk; by default as many as keep the buffer near 128 MiB on CPU and 1 GiB on a GPU.
+    """
+    if chunk_size is None:
+        budget = 1 << (25 if hidden_TD.device.type == "cpu" else 28)
+        chunk_size = max(16, budget // weight_VD.shape[0])
+    return CrossEntropy(
+        *_LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, softcap, z_loss, chunk_size)
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        labels_T: Tensor,
+        softcap: float,
+        z_loss: float,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden_TD) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        nll = hidden_TD.new_zeros((), dtype=torch.float32)
+        z = nll.clone()
+        for start in range(0, hidden_TD.shape[0], chunk_size):
+            hidden, labels = hidden_TD[start : start + chunk_size], labels_T[start : start + chunk_size, None]
+            capped = (hidden @ weight_VD.T).float().div_(softcap).tanh_()  # in units of the cap
+            scores = capped * softcap
+            log_p = scores.log_softmax(dim=-1)
+            log_p_label = log_p.gather(1, labels)
+            log_z = scores.gather(1, labels) - log_p_label
+            nll -= log_p_label.sum()
+            z += log_z.square().sum()
+            if not (wants_hidden or wants_weight):
+                continue
+            grad = log_p.exp_()
+            if z_loss:
+                grad.mul_(1 + 2 * z_loss * log_z)
+            grad.scatter_add_(1, labels, torch.full_like(log_z, -1.0))
+            grad = grad.mul_(capped.square_().neg_().add_(1)).to(weight_VD.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, weight_VD, out=grad_hidden[start : start + chunk_size])
+            if grad_weight is not None:
+                grad_weight += grad.T @ hidden
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(nll, z)
+        return nll + z_loss * z, nll, z
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None

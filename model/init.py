@@ -1,0 +1,56 @@
+"""Initialisation that any slice of a parameter can compute for itself.
+
+Values come from fixed blocks of rows, each seeded by (seed, parameter name, block), so a
+rank that holds a shard draws exactly the values one process would, and never the whole tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+ELEMENTS_PER_BLOCK = 1 << 20
+
+
+def init_parameters(model: nn.Module, seed: int, std: float) -> None:
+    """Initialise whole parameters and persistent buffers in place."""
+    for name, tensor in initialised_tensors(model):
+        init_slice_(tensor.data, name, tensor.shape, (0,) * tensor.dim(), seed, std)
+
+
+def initialised_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
+    return [*model.named_parameters(), *buffers.items()]
+
+
+@torch.no_grad()
+def init_slice_(
+    local: Tensor, name: str, shape: torch.Size, offset: tuple[int, ...], seed: int, std: float
+) -> None:
+    """Fill `local`, the slice at `offset` of a tensor of `shape`, in place.
+
+    Norm weights, router scales and `layer_scalar` are 1; everything else is N(0, std) with a
+    zero row for the padding id in the two embedding tables.
+    """
+    if local.numel() == 0:
+        return
+    if len(shape) < 2:
+        local.fill_(1.0)
+        return
+    columns = tuple(slice(o, o + n) for o, n in zip(offset[1:], local.shape[1:], strict=True))
+    rows_per_block = max(1, ELEMENTS_PER_BLOCK // shape[1:].numel())
+    row, end = offset[0], offset[0] + local.shape[0]
+    while row < end:
+        block = row // rows_per_block
+        start, stop = block * rows_per_block, min((block + 1) * rows_per_block, shape[0])
+        digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
+        generator = torch.Generator(local.device).manual_seed(int.from_bytes(digest) >> 1)
+        values = torch.empty((stop - start, *shape[1:]), device=local.device)
+        values.normal_(0.0, std, generator=generator)
+        upto = min(stop, end)
+        local[row - offset[0] : upto - offset[0]] = values[(slice(row - start, upto - start), *columns)]
+        row = upto
+    if "embed_tokens" in name and offset[0] == 0:
+        local[0] = 0.0

@@ -1,0 +1,135 @@
+"""Which keys each query may see, as one interval per query, built once per batch.
+
+Causal, sliding-window and packed-document masks are all intervals [first_key, last_key] of the
+query's own row, so one pair of integers per position stands behind every attention kernel:
+`blocks` for the CPU kernel, `mask_mod` for flex attention, `dense` for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+BLOCK_SIZE = 128
+"""Queries per block of the CPU kernel."""
+
+
+class Block(NamedTuple):
+    """Queries [query_start, query_end) of the flat query list, all of batch row `row`, and the keys they span."""
+
+    row: int
+    query_start: int
+    query_end: int
+    key_start: int
+    key_end: int
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """Visible keys of T queries, in order of batch row.
+
+    `row_T` is the batch row of a query, `first_key_T` and `last_key_T` (inclusive) its interval
+    among the `num_keys` keys of that row, `position_T` the key index of the query itself.
+    """
+
+    row_T: Tensor
+    position_T: Tensor
+    first_key_T: Tensor
+    last_key_T: Tensor
+    num_rows: int
+    num_keys: int
+
+    def select(self, queries: Tensor) -> AttentionMask:
+        """The mask of a subset of the queries, given as sorted indices."""
+        return AttentionMask(
+            self.row_T[queries],
+            self.position_T[queries],
+            self.first_key_T[queries],
+            self.last_key_T[queries],
+            self.num_rows,
+            self.num_keys,
+        )
+
+    @property
+    def num_queries(self) -> int:
+        return self.row_T.numel()
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """Runs of queries in one aligned stretch of a row; a stretch without queries costs nothing."""
+        if self.num_queries == 0:
+            return ()
+        stretches = self.num_keys // BLOCK_SIZE + 1
+        key_T = self.row_T * stretches + self.position_T // BLOCK_SIZE
+        stretch, counts = torch.unique_consecutive(key_T, return_counts=True)
+        ends = counts.cumsum(0)
+        owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        first = torch.full_like(counts, self.num_keys).scatter_reduce_(0, owner, self.first_key_T, "amin")
+        last = torch.zeros_like(counts).scatter_reduce_(0, owner, self.last_key_T, "amax")
+        table = torch.stack((stretch // stretches, ends - counts, ends, first, last + 1), dim=1)
+        return tuple(Block(*row) for row in table.tolist())
+
+    @cached_property
+    def padded_queries(self) -> tuple[Tensor, Tensor]:
+        """Query indices padded to the same number per row, [B, Q], and a bool [B, Q] of the real ones."""
+        counts = torch.bincount(self.row_T, minlength=self.num_rows)
+        start = counts.cumsum(0) - counts
+        column = torch.arange(int(counts.max()) if self.num_queries else 0, device=counts.device)
+        real = column[None, :] < counts[:, None]
+        return torch.where(real, start[:, None] + column[None, :], 0), real
+
+    def dense(self) -> Tensor:
+        """Bool [T, num_keys]: True where the query may look."""
+        keys = torch.arange(self.num_keys, device=self.row_T.device)
+        return (keys >= self.first_key_T[:, None]) & (keys <= self.last_key_T[:, None])
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """`mask_mod` as flex attention's block-sparse mask."""
+        index, _ = self.padded_queries
+        return create_block_mask(
+            self.mask_mod(), self.num_rows, None, index.shape[1], self.num_keys, device=str(self.row_T.device)
+        )
+
+    def mask_mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """The same mask over `padded_queries`, in the form flex attention takes."""
+        index, real = self.padded_queries
+        first = torch.where(real, self.first_key_T[index], self.num_keys)
+        last = self.last_key_T[index]
+
+        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (k >= first[b, q]) & (k <= last[b, q])
+
+        return visible
+
+
+def attention_mask(
+    num_rows: int,
+    num_keys: int,
+    *,
+    window: int | None = None,
+    document_ids_BS: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> AttentionMask:
+    """Causal mask of every position of a batch: within the document, within the window.
+
+    A document is a run of equal ids; ids need not be unique across runs.
+    """
+    position_BS = torch.arange(num_keys, device=device).expand(num_rows, num_keys)
+    first_BS = torch.zeros_like(position_BS)
+    if document_ids_BS is not None:
+        starts = document_ids_BS[:, 1:] != document_ids_BS[:, :-1]
+        first_BS = torch.cat((first_BS[:, :1], torch.where(starts, position_BS[:, 1:], 0)), dim=1)
+        first_BS = first_BS.cummax(dim=1).values
+    if window is not None:
+        first_BS = torch.maximum(first_BS, position_BS - (window - 1))
+    row_BS = torch.arange(num_rows, device=device)[:, None].expand(num_rows, num_keys)
+    return AttentionMask(
+        row_BS.flatten(), position_BS.flatten(), first_BS.flatten(), position_BS.flatten(), num_rows, num_keys
+    )

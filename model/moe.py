@@ -1,0 +1,95 @@
+"""Mixture of experts of the 26B-A4B: float32 router, grouped matmul over experts, dropless.
+
+The sum over a token's experts runs in the order of its top-k, so it depends on the data only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import Gemma4Config
+from model.norm import RMSNorm
+
+
+class Router(nn.Module):
+    """Scores the un-normed stream: softmax over all experts in float32, top-k, renormalise, per-expert scale."""
+
+    def __init__(self, config: Gemma4Config) -> None:
+        super().__init__()
+        assert config.num_experts and config.top_k_experts
+        self.top_k = config.top_k_experts
+        self.root_size = config.hidden_size**-0.5
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, with_scale=False)
+        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.scale = nn.Parameter(torch.ones(config.hidden_size))
+        self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Routing weights (float32) and expert indices, both [T, top_k]."""
+        scores_TE = self.proj(self.norm(x_TD) * self.scale * self.root_size)
+        probabilities_TE = scores_TE.softmax(dim=-1, dtype=torch.float32)
+        weights, indices = probabilities_TE.topk(self.top_k, dim=-1)
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        return weights * self.per_expert_scale[indices].float(), indices
+
+
+class _Dispatch(torch.autograd.Function):
+    """Copy each token to its top-k slots, sorted by expert; the backward sums a token's slots in top-k order."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order: Tensor, slot: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(slot)
+        ctx.top_k = top_k
+        return x_TD[order // top_k]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (slot,) = ctx.saved_tensors
+        return grad[slot].view(-1, ctx.top_k, grad.shape[-1]).sum(dim=1), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Undo the sort by expert: a permutation, whose backward is the inverse permutation."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, order: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return y[slot]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        return grad[order], None, None
+
+
+class Experts(nn.Module):
+    """All experts' weights packed: axis 0 expert; gate rows, then up rows; each matrix acts as [out, in]."""
+
+    def __init__(self, config: Gemma4Config) -> None:
+        super().__init__()
+        assert config.num_experts and config.moe_intermediate_size
+        E, D, F_ = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, D))
+        self.down_proj = nn.Parameter(torch.empty(E, D, F_))
+
+    def forward(self, x_TD: Tensor, weights_Tk: Tensor, indices_Tk: Tensor) -> Tensor:
+        num_tokens, top_k = indices_Tk.shape
+        order = indices_Tk.flatten().argsort(stable=True)  # slots grouped by expert, tokens in order
+        counts = torch.bincount(indices_Tk.flatten(), minlength=self.gate_up_proj.shape[0])
+        offsets = counts.cumsum(0).to(torch.int32)
+        slot = torch.empty_like(order)
+        slot[order] = torch.arange(order.numel(), device=order.device)
+        y = self.grouped(_Dispatch.apply(x_TD, order, slot, top_k), offsets)
+        y_TkD = _Combine.apply(y, order, slot).view(num_tokens, top_k, -1)
+        return (y_TkD * weights_Tk[..., None]).sum(dim=1).to(x_TD.dtype)
+
+    def grouped(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Rows of x grouped by expert, `offsets[e]` the end of expert e's rows."""
+        gate, up = F.grouped_mm(x, self.gate_up_proj.transpose(-2, -1), offs=offsets).chunk(2, dim=-1)
+        return F.grouped_mm(
+            F.gelu(gate, approximate="tanh") * up, self.down_proj.transpose(-2, -1), offs=offsets
+        )

@@ -1,0 +1,23 @@
+"""RMSNorm as Gemma 4 has it: plain weight (not 1 + w), all of it in float32, one cast back."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """`y = x * (mean(x^2) + eps)^(-1/2) * w` over the last dim; `with_scale=False` has no w."""
+
+    weight: nn.Parameter | None
+
+    def __init__(self, dim: int, eps: float, *, with_scale: bool = True) -> None:
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim)) if with_scale else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.float()
+        return F.rms_norm(x.float(), (self.dim,), weight, self.eps).to(x.dtype)

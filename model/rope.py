@@ -1,0 +1,56 @@
+"""Rotary position embedding: half-split pairs (j, j + H/2), default and proportional.
+
+Full layers rotate only the first `partial_rotary_factor * H / 2` pairs; the exponent is still
+divided by the whole head width. The other pairs have frequency zero, so they are passed
+through untouched instead of being multiplied by cos 0 and sin 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.config import Gemma4Config, LayerType
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """cos and sin of the rotated pairs, [T, R] with R <= H/2, in the activation dtype."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def select(self, rows: Tensor) -> RotaryTable:
+        return RotaryTable(self.cos[rows], self.sin[rows])
+
+
+def inverse_frequencies(config: Gemma4Config, layer_type: LayerType, device: torch.device) -> Tensor:
+    """Frequencies [R] in float32 of the pairs that rotate."""
+    if layer_type == "full_attention":
+        head_dim, theta = config.global_head_dim, config.global_rope_theta
+        num_rotated = int(config.partial_rotary_factor * head_dim // 2)
+    else:
+        head_dim, theta = config.head_dim, config.rope_theta
+        num_rotated = head_dim // 2
+    exponent = torch.arange(0, 2 * num_rotated, 2, dtype=torch.int64, device=device).float() / head_dim
+    return 1.0 / theta**exponent
+
+
+def rotary_table(
+    config: Gemma4Config, layer_type: LayerType, positions_T: Tensor, dtype: torch.dtype
+) -> RotaryTable:
+    """Angles in float32, cos and sin cast to the activation dtype."""
+    frequencies = inverse_frequencies(config, layer_type, positions_T.device)
+    angles_TR = positions_T.float()[:, None] * frequencies[None, :]
+    return RotaryTable(angles_TR.cos().to(dtype), angles_TR.sin().to(dtype))
+
+
+def apply_rotary(x_TNH: Tensor, table: RotaryTable) -> Tensor:
+    """Rotate heads [T, N, H]; rows of x and of the table correspond."""
+    half, rotated = x_TNH.shape[-1] // 2, table.cos.shape[-1]
+    cos, sin = table.cos[:, None, :], table.sin[:, None, :]
+    first, first_rest = x_TNH[..., :rotated], x_TNH[..., rotated:half]
+    second, second_rest = x_TNH[..., half : half + rotated], x_TNH[..., half + rotated :]
+    return torch.cat((first * cos - second * sin, first_rest, second * cos + first * sin, second_rest), dim=-1)

@@ -1,0 +1,65 @@
+"""Logits and every gradient equal the reference's, for random configs of every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.model.reference import (
+    FAMILIES,
+    ours_from,
+    ours_step,
+    perturbed_reference,
+    random_config,
+    reference_step,
+    relative_error,
+)
+from tests.report import report
+
+LENGTH = 40
+BOUND = 1e-4
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_equal_the_reference(family: str, seed: int) -> None:
+    config = random_config(family, seed)
+    reference = perturbed_reference(config, seed)
+    ours = ours_from(reference, config)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, config.vocab_size, (2, LENGTH), generator=generator)
+    labels = torch.randint(0, config.vocab_size, (2, LENGTH), generator=generator)
+    few = torch.full_like(labels, -100)
+    few[0, 7], few[1, -3:] = labels[0, 7], labels[1, -3:]
+
+    for kind, wanted in (("all", labels), ("few", few)):
+        logits, grads = reference_step(reference, tokens, wanted)
+        exact_logits, exact_grads = reference_step(reference.double(), tokens, wanted)
+        reference.float()
+        with torch.no_grad():
+            ours_logits = ours.logits(ours(tokens))
+        logit_error = (ours_logits - logits).abs().max().item()
+        logit_floor = (logits - exact_logits).abs().max().item()
+        ours_grads = ours_step(ours, tokens, wanted)
+        assert ours_grads.keys() == grads.keys() == dict(ours.named_parameters()).keys()
+        errors = {name: relative_error(ours_grads[name], grads[name]) for name in grads}
+        floors = {name: relative_error(grads[name], exact_grads[name]) for name in grads}
+        worst = max(errors, key=lambda name: errors[name] / max(BOUND, 3 * floors[name]))
+        report(
+            "Equality with transformers, fp32",
+            {
+                "family": family,
+                "seed": seed,
+                "supervised": kind,
+                "window": config.sliding_window,
+                "max |dlogit|": f"{logit_error:.1e}",
+                "its fp32-fp64": f"{logit_floor:.1e}",
+                "worst gradient": worst.removeprefix("language_model."),
+                "rel. error": f"{errors[worst]:.1e}",
+                "fp32-fp64": f"{floors[worst]:.1e}",
+            },
+        )
+        assert logit_error < max(BOUND, 3 * logit_floor)
+        for name, error in errors.items():
+            assert error < max(BOUND, 3 * floors[name]), name
+            assert grads[name].norm() > 0, name
