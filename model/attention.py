@@ -14,10 +14,10 @@ from model.rope import RotaryTable, apply_rotary
 
 
 class KeyValue(NamedTuple):
-    """Normed and rotated keys and normed values of one layer, [B, S, K, H] each."""
+    """Normed and rotated keys and normed values of one layer, [T, K, H] each, T = B * S positions."""
 
-    k_BSKH: Tensor
-    v_BSKH: Tensor
+    k_TKH: Tensor
+    v_TKH: Tensor
 
 
 class Attention(nn.Module):
@@ -38,13 +38,11 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(H, eps)
             self.v_norm = RMSNorm(H, eps, with_scale=False)
 
-    def key_value(self, x_TD: Tensor, table: RotaryTable, num_rows: int) -> KeyValue:
-        """Keys and values of all T = num_rows * S positions."""
+    def key_value(self, x_TD: Tensor, table: RotaryTable) -> KeyValue:
+        """Keys and values of all positions."""
         raw_k = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         raw_v = raw_k if self.v_proj is None else self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        k_TKH = apply_rotary(self.k_norm(raw_k), table)
-        v_TKH = self.v_norm(raw_v)
-        return KeyValue(k_TKH.unflatten(0, (num_rows, -1)), v_TKH.unflatten(0, (num_rows, -1)))
+        return KeyValue(apply_rotary(self.k_norm(raw_k), table), self.v_norm(raw_v))
 
     def forward(self, x_TD: Tensor, key_value: KeyValue, table: RotaryTable, mask: AttentionMask) -> Tensor:
         """Output [T, D] of the T queries of `mask` against the keys of all positions."""

@@ -21,8 +21,9 @@ from model.masks import AttentionMask, Block
 AttentionKernel = Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor]
 
 
-def attention(q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> Tensor:
-    """Outputs [T, N, H] of T queries; query head n reads KV head n // (N / K)."""
+def attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: AttentionMask) -> Tensor:
+    """Outputs [T_queries, N, H]; query head n reads KV head n // (N / K)."""
+    k_BSKH, v_BSKH = (t.unflatten(0, (mask.num_rows, mask.num_keys)) for t in (k_TKH, v_TKH))
     return kernel_for(q_TNH.device.type)(q_TNH, k_BSKH, v_BSKH, mask)
 
 
@@ -111,9 +112,7 @@ def flex(q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> 
     return flex_over(_compiled_flex(), q_TNH, k_BSKH, v_BSKH, mask)
 
 
-def flex_over(
-    kernel: Callable[..., Any], q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask
-) -> Tensor:
+def flex_over(kernel: Callable[..., Any], q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> Tensor:
     """Pad the queries of each row to one length, run a flex kernel, and take the real rows back out."""
     index_BQ, real_BQ = mask.padded_queries
     q, k, v = q_TNH[index_BQ].transpose(1, 2), k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2)

@@ -7,15 +7,16 @@ weights; `tiny_*` keep each structural feature of their parent at a size a lapto
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from model.errors import UserError, nearest
 
 LayerType = Literal["sliding_attention", "full_attention"]
 
 
-class ConfigError(ValueError):
-    """A config that cannot work; the message is one line naming the cause and the fix."""
+class ConfigError(UserError):
+    """A config that cannot work."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,13 @@ class Gemma4Config:
             value = getattr(self, field.name)
             if isinstance(value, int) and not isinstance(value, bool) and value < 0:
                 raise ConfigError(f"model.{field.name}={value} is negative; sizes start at 1.")
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "sliding_window", "vocab_size"):
+        for name in (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "sliding_window",
+            "vocab_size",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name}={getattr(self, name)} must be at least 1.")
         for name in ("num_key_value_heads", "num_global_key_value_heads"):
@@ -235,7 +242,7 @@ _TINY = {
     "vocab_size": 8192,
     "vocab_size_per_layer_input": 8192,
     "hidden_size": 128,
-    "intermediate_size": 512,
+    "intermediate_size": 256,
     "num_hidden_layers": 12,
     "num_attention_heads": 8,
     "head_dim": 16,
@@ -250,9 +257,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "12b": _12B,
     "26b_a4b": _26B_A4B,
     "31b": _31B,
-    "tiny_e2b": _E2B
-    | _TINY
-    | {"num_hidden_layers": 15, "num_kv_shared_layers": 10, "hidden_size_per_layer_input": 16},
+    "tiny_e2b": _E2B | _TINY | {"num_hidden_layers": 15, "num_kv_shared_layers": 10, "hidden_size_per_layer_input": 16},
     "tiny_e4b": _E4B | _TINY | {"num_kv_shared_layers": 6, "hidden_size_per_layer_input": 16},
     "tiny_12b": _12B | _TINY | {"num_key_value_heads": 4},
     "tiny_26b_a4b": _26B_A4B
@@ -277,6 +282,8 @@ def variant_fields(name: str) -> dict[str, Any]:
     """Config fields of a registered variant that differ from `Gemma4Config`'s defaults."""
     key = name.removeprefix("gemma4_")
     if key not in _VARIANTS:
-        near = difflib.get_close_matches(f"gemma4_{key}", VARIANT_NAMES, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"no Gemma 4 variant is named '{name}'; nearest: {near} (all: {', '.join(VARIANT_NAMES)}).")
+        near = nearest(f"gemma4_{key}", VARIANT_NAMES)
+        raise ConfigError(
+            f"model.name={name} is no Gemma 4 variant; nearest: {near} (all: {', '.join(VARIANT_NAMES)})."
+        )
     return dict(_VARIANTS[key])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,6 @@ class LayerContext:
     them or, from the last KV producer on, only the supervised ones.
     """
 
-    num_rows: int
     key_table: RotaryTable
     query_table: RotaryTable
     mask: AttentionMask
@@ -85,7 +85,7 @@ class DecoderLayer(nn.Module):
         """
         normed = self.input_layernorm(x_TD)
         if shared is None:
-            key_value = self.self_attn.key_value(normed, context.key_table, context.num_rows)
+            key_value = self.self_attn.key_value(normed, context.key_table)
             if store is not None:
                 key_value = store(self.layer.index, key_value)
         else:
@@ -126,7 +126,7 @@ def decode(
     """
     shared: dict[LayerType, KeyValue] = {}
     for index, layer in enumerate(layers):
-        config: LayerConfig = layer.layer
+        config = cast(LayerConfig, layer.layer)
         narrowed = supervised is not None and index >= first_kv_shared_layer - 1
         x_TD, key_value = layer(
             x_TD,

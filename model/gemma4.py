@@ -96,9 +96,9 @@ class Gemma4(nn.Module):
         supervised_contexts: dict[LayerType, LayerContext] = {}
         for kind, mask in masks.items():
             table = rotary_table(config, kind, positions.flatten(), x_TD.dtype)
-            contexts[kind] = LayerContext(num_rows, table, table, mask)
+            contexts[kind] = LayerContext(table, table, mask)
             if rows is not None:
-                supervised_contexts[kind] = LayerContext(num_rows, table, table.select(rows), mask.select(rows))
+                supervised_contexts[kind] = LayerContext(table, table.select(rows), mask.select(rows))
         x_TD = decode(
             text.layers,
             x_TD,

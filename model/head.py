@@ -37,14 +37,13 @@ def linear_cross_entropy(
     """Sum of -log softmax(softcap(h W^T))[label], plus `z_loss` times the squared log-sum-exp.
 
     labels_T: [T] int64, all in [0, V); select supervised rows first. chunk_size: tokens per
-    chunk; by default as many as keep the buffer near 128 MiB on CPU and 1 GiB on a GPU.
+    chunk; by default as many as keep a buffer of [chunk, V] near 16 MiB on a CPU and 1 GiB on a
+    GPU, but at least 64.
     """
     if chunk_size is None:
-        budget = 1 << (25 if hidden_TD.device.type == "cpu" else 28)
-        chunk_size = max(16, budget // weight_VD.shape[0])
-    return CrossEntropy(
-        *_LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, softcap, z_loss, chunk_size)
-    )
+        budget = 1 << (22 if hidden_TD.device.type == "cpu" else 28)
+        chunk_size = max(64, budget // weight_VD.shape[0])
+    return CrossEntropy(*_LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, softcap, z_loss, chunk_size))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -63,25 +62,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
         nll = hidden_TD.new_zeros((), dtype=torch.float32)
         z = nll.clone()
+        # Three buffers serve every chunk: fresh ones of this size would cost more than the arithmetic.
+        buffers = hidden_TD.new_empty((3, min(chunk_size, hidden_TD.shape[0]), weight_VD.shape[0]), dtype=torch.float32)
         for start in range(0, hidden_TD.shape[0], chunk_size):
             hidden, labels = hidden_TD[start : start + chunk_size], labels_T[start : start + chunk_size, None]
-            capped = (hidden @ weight_VD.T).float().div_(softcap).tanh_()  # in units of the cap
-            scores = capped * softcap
-            log_p = scores.log_softmax(dim=-1)
+            capped, scores, log_p = buffers[:, : hidden.shape[0]].unbind()
+            if hidden.dtype == torch.float32:
+                torch.mm(hidden, weight_VD.T, out=capped)
+            else:
+                capped.copy_(hidden @ weight_VD.T)
+            capped.div_(softcap).tanh_()  # in units of the cap
+            torch.mul(capped, softcap, out=scores)
+            torch.log_softmax(scores, dim=-1, out=log_p)
             log_p_label = log_p.gather(1, labels)
             log_z = scores.gather(1, labels) - log_p_label
             nll -= log_p_label.sum()
             z += log_z.square().sum()
             if not (wants_hidden or wants_weight):
                 continue
-            grad = log_p.exp_()
+            grad_fp32 = log_p.exp_()
             if z_loss:
-                grad.mul_(1 + 2 * z_loss * log_z)
-            grad.scatter_add_(1, labels, torch.full_like(log_z, -1.0))
-            grad = grad.mul_(capped.square_().neg_().add_(1)).to(weight_VD.dtype)
+                grad_fp32.mul_(1 + 2 * z_loss * log_z)
+            grad_fp32.scatter_add_(1, labels, torch.full_like(log_z, -1.0))
+            grad = grad_fp32.mul_(capped.square_().neg_().add_(1)).to(weight_VD.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight_VD, out=grad_hidden[start : start + chunk_size])
-            if grad_weight is not None:
+            if grad_weight is not None and grad.dtype == torch.float32:
+                grad_weight.addmm_(grad.T, hidden)
+            elif grad_weight is not None:
                 grad_weight += grad.T @ hidden
         ctx.weight_dtype = weight_VD.dtype
         ctx.save_for_backward(grad_hidden, grad_weight)

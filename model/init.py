@@ -26,9 +26,7 @@ def initialised_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def init_slice_(
-    local: Tensor, name: str, shape: torch.Size, offset: tuple[int, ...], seed: int, std: float
-) -> None:
+def init_slice_(local: Tensor, name: str, shape: torch.Size, offset: tuple[int, ...], seed: int, std: float) -> None:
     """Fill `local`, the slice at `offset` of a tensor of `shape`, in place.
 
     Norm weights, router scales and `layer_scalar` are 1; everything else is N(0, std) with a

@@ -90,6 +90,4 @@ class Experts(nn.Module):
     def grouped(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Rows of x grouped by expert, `offsets[e]` the end of expert e's rows."""
         gate, up = F.grouped_mm(x, self.gate_up_proj.transpose(-2, -1), offs=offsets).chunk(2, dim=-1)
-        return F.grouped_mm(
-            F.gelu(gate, approximate="tanh") * up, self.down_proj.transpose(-2, -1), offs=offsets
-        )
+        return F.grouped_mm(F.gelu(gate, approximate="tanh") * up, self.down_proj.transpose(-2, -1), offs=offsets)

@@ -38,9 +38,7 @@ def inverse_frequencies(config: Gemma4Config, layer_type: LayerType, device: tor
     return 1.0 / theta**exponent
 
 
-def rotary_table(
-    config: Gemma4Config, layer_type: LayerType, positions_T: Tensor, dtype: torch.dtype
-) -> RotaryTable:
+def rotary_table(config: Gemma4Config, layer_type: LayerType, positions_T: Tensor, dtype: torch.dtype) -> RotaryTable:
     """Angles in float32, cos and sin cast to the activation dtype."""
     frequencies = inverse_frequencies(config, layer_type, positions_T.device)
     angles_TR = positions_T.float()[:, None] * frequencies[None, :]

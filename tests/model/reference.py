@@ -60,12 +60,30 @@ def random_config(family: str, seed: int) -> Gemma4Config:
 
 def reference_config(config: Gemma4Config) -> Gemma4TextConfig:
     """The same model in the reference's terms."""
-    same = (
-        "vocab_size vocab_size_per_layer_input hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        "num_key_value_heads num_global_key_value_heads head_dim global_head_dim sliding_window attention_k_eq_v "
-        "num_kv_shared_layers use_double_wide_mlp hidden_size_per_layer_input enable_moe_block num_experts "
-        "top_k_experts moe_intermediate_size final_logit_softcapping rms_norm_eps max_position_embeddings"
-    ).split()
+    same = [
+        "vocab_size",
+        "vocab_size_per_layer_input",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "num_global_key_value_heads",
+        "head_dim",
+        "global_head_dim",
+        "sliding_window",
+        "attention_k_eq_v",
+        "num_kv_shared_layers",
+        "use_double_wide_mlp",
+        "hidden_size_per_layer_input",
+        "enable_moe_block",
+        "num_experts",
+        "top_k_experts",
+        "moe_intermediate_size",
+        "final_logit_softcapping",
+        "rms_norm_eps",
+        "max_position_embeddings",
+    ]
     return Gemma4TextConfig(
         **{name: getattr(config, name) for name in same},
         layer_types=list(config.layer_types),
@@ -111,14 +129,15 @@ def ours_from(reference: Gemma4ForCausalLM, config: Gemma4Config) -> Gemma4:
 
 
 def reference_step(
-    reference: Gemma4ForCausalLM, tokens_BS: Tensor, labels_BS: Tensor, attention_mask: Tensor | None = None,
+    reference: Gemma4ForCausalLM,
+    tokens_BS: Tensor,
+    labels_BS: Tensor,
+    attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits and every gradient of the summed cross entropy over labels that are not -100."""
     reference.zero_grad()
-    logits = reference(
-        tokens_BS, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-    ).logits
+    logits = reference(tokens_BS, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels_BS.flatten(), reduction="sum")
     (loss / (labels_BS != -100).sum()).backward()
     grads = {
@@ -130,7 +149,11 @@ def reference_step(
 
 
 def ours_step(
-    model: Gemma4, tokens_BS: Tensor, labels_BS: Tensor, document_ids: Tensor | None = None, skip: bool = True,
+    model: Gemma4,
+    tokens_BS: Tensor,
+    labels_BS: Tensor,
+    document_ids: Tensor | None = None,
+    skip: bool = True,
     positions: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Every gradient of the same loss through the supervised path and the fused loss."""

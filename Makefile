@@ -1,0 +1,27 @@
+# make setup | train | test | test-slurm | lint
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: setup train test test-slurm lint
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml launch/constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint launch/constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint launch/constraints.txt --editable '.[dev]'
+	touch $@
+
+train: setup
+	$(BIN)/torchrun --nproc 2 train/main.py run.dir=runs/demo
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-slurm: setup
+	tests/launch/slurm/run.sh

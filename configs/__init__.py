@@ -1,0 +1,1 @@
+"""YAML only: what a run is made of."""

@@ -1,0 +1,1 @@
+"""Text into batches: sources, tokenizer, memory-mapped shards, packing, loading."""

@@ -1,0 +1,56 @@
+"""Micro-batches of one data-parallel rank, in front of an index-addressed dataset.
+
+The whole data state is one integer, the number of sequences seen: the next G make up the next
+step, dealt to ranks and micro-batches by index, so any mesh may go on from any point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.utils.data import Dataset, Sampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from data.batch import Batch, collate
+
+
+class StepSampler(Sampler[list[int]]):
+    """Index lists of this rank's micro-batches for `steps` steps, from sequence `first_sequence` on."""
+
+    def __init__(
+        self,
+        first_sequence: int,
+        steps: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        num_ranks: int,
+    ) -> None:
+        self.first_sequence, self.steps = first_sequence, steps
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.rank, self.num_ranks = rank, num_ranks
+
+    @property
+    def accumulation(self) -> int:
+        return self.global_batch_size // (self.micro_batch_size * self.num_ranks)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.steps):
+            for micro in range(self.accumulation):
+                start = self.first_sequence + step * self.global_batch_size
+                start += (micro * self.num_ranks + self.rank) * self.micro_batch_size
+                yield list(range(start, start + self.micro_batch_size))
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulation
+
+
+def build_loader(dataset: Dataset[Batch], sampler: StepSampler, workers: int) -> StatefulDataLoader:
+    return StatefulDataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        prefetch_factor=4 if workers else None,
+        persistent_workers=False,
+    )

@@ -1,0 +1,37 @@
+"""The order in which plans are laid over a model, and nothing else."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from model import Gemma4, Gemma4Config
+from parallel.activation_checkpoint import apply_activation_checkpoint
+from parallel.fsdp import shard
+from parallel.initialise import initialise
+
+
+def build_parallel_model(
+    config: Gemma4Config,
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    compute_dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    activation_checkpoint: str = "none",
+    reshard_after_forward: bool = True,
+    cpu_offload: bool = False,
+) -> Gemma4:
+    """A model on `meta`, then activation checkpointing, then FSDP2, then storage and initial values."""
+    with torch.device("meta"):
+        model = Gemma4(config)
+    apply_activation_checkpoint(model, activation_checkpoint)
+    shard(
+        model,
+        mesh,
+        compute_dtype=compute_dtype,
+        reshard_after_forward=reshard_after_forward,
+        cpu_offload=cpu_offload,
+    )
+    initialise(model, torch.device("cpu") if cpu_offload else device, seed)
+    return model

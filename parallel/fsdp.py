@@ -1,0 +1,64 @@
+"""FSDP2 over the data-parallel axes: parameters, gradients and optimizer state sharded, float32 masters.
+
+| unit                                                   | why                                              |
+|--------------------------------------------------------|--------------------------------------------------|
+| each decoder layer                                     | gathered for its own forward and backward        |
+| per-layer embedding table                              | larger than the rest of E2B; not held in between |
+| root: token table (= tied head), norms, PLE projection | used first and last, so gathered once a step     |
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+
+from model import Gemma4
+
+
+def shard(
+    model: Gemma4,
+    mesh: DeviceMesh,
+    *,
+    compute_dtype: torch.dtype,
+    reshard_after_forward: bool = True,
+    cpu_offload: bool = False,
+) -> None:
+    """Shard in place over `dp_shard`, replicate over `dp_replicate`.
+
+    Gradients are summed, not averaged: the trainer divides the loss by the global token count.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype if compute_dtype != torch.float32 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
+    dp_mesh = mesh if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
+
+    def unit(module: nn.Module, reshard: bool) -> None:
+        fully_shard(module, mesh=dp_mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload)
+
+    text = model.language_model
+    for layer in text.layers:
+        unit(layer, reshard_after_forward)
+    if model.config.hidden_size_per_layer_input:
+        unit(text.embed_tokens_per_layer, reshard_after_forward)
+    unit(model, False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def require_gradient_sync(model: nn.Module, required: bool) -> None:
+    """Whether the next backward reduces gradients or keeps them for the following micro-batch."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(required)

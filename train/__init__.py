@@ -1,0 +1,1 @@
+"""The program: a config becomes a training loop."""

@@ -1,0 +1,73 @@
+"""Train Gemma 4.
+
+    python train/main.py                                          # a tiny model on this machine
+    torchrun --nproc 8 train/main.py +variant=31b                 # a released size on eight GPUs
+    torchrun --nproc 2 train/main.py +variant=tiny_31b train.steps=50 optimizer.lr=1e-3
+
+Any key of train/config.py may follow as KEY=VALUE. The run folder (run.dir) gets config.yaml,
+metrics.jsonl, samples.jsonl, loss.png and checkpoints/; the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the packages beside train/ come first, train/ itself is none
+    sys.path[:] = [str(Path(__file__).resolve().parent.parent), *sys.path[1:]]
+
+import logging
+import os
+import time
+import traceback
+
+import torch.distributed as dist
+
+from model import UserError
+from parallel.mesh import World, data_parallel_sizes, init_process_group, micro_batch_size, select_device
+from train.config import load_config
+
+# How long a rank that found the same mistake as rank 0 waits for rank 0's words before it leaves.
+_COURTESY_SECONDS = 10
+
+
+def main(arguments: list[str] | None = None) -> int:
+    overrides = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"}.intersection(overrides):
+        print(__doc__)
+        return 0
+    world = World.from_environment()
+    logging.basicConfig(
+        level=logging.INFO if world.rank == 0 else logging.ERROR, format="%(message)s", stream=sys.stdout
+    )
+    try:
+        config = load_config(overrides)
+        device = select_device(config.run.device, world.local_rank)
+        data_parallel_sizes(world.size, config.parallel.dp_replicate, config.parallel.dp_shard)
+        micro_batch_size(config.train.global_batch_size, config.train.micro_batch_size, world.size)
+    except UserError as error:
+        # Every rank sees this one alike; rank 0 speaks, the others must not end the job before it has.
+        if world.rank != 0:
+            time.sleep(_COURTESY_SECONDS)
+        else:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+
+    from train.trainer import Trainer
+
+    init_process_group(world, device)
+    try:
+        Trainer(config, world, device).train()
+    except (UserError, OSError) as error:
+        where = f" (rank {world.rank})" if world.rank else ""
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # other ranks wait in a collective; an orderly exit would wait for them
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

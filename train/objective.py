@@ -1,0 +1,49 @@
+"""Objectives: `objective(model, batch) -> Loss`, sums over supervised tokens, which the trainer divides by their number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor
+
+from data.batch import Batch
+from model import Gemma4
+from model.head import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`total` is differentiable; `nll` is what is reported as the loss; metrics are sums like it."""
+
+    total: Tensor
+    nll: Tensor
+    count: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+Objective = Callable[[Gemma4, Batch], Loss]
+
+
+def cross_entropy(model: Gemma4, batch: Batch, z_loss: float = 0.0) -> Loss:
+    """Next-token cross entropy, for pretraining and fine-tuning alike."""
+    supervised = batch.supervised_BS
+    hidden_TD = model(
+        batch.tokens_BS,
+        positions=batch.positions_BS,
+        document_ids=batch.document_ids_BS,
+        supervised=supervised,
+    )
+    sums = linear_cross_entropy(
+        hidden_TD,
+        model.head_weight,
+        batch.labels_BS[supervised],
+        softcap=model.config.final_logit_softcapping,
+        z_loss=z_loss,
+    )
+    return Loss(sums.total, sums.nll, supervised.sum(), {"z": sums.z} if z_loss else {})
+
+
+def build_objective(z_loss: float) -> Objective:
+    return partial(cross_entropy, z_loss=z_loss)

@@ -1,0 +1,29 @@
+"""The loss curve of a run as a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def write_loss_curve(folder: Path) -> Path | None:
+    """Draw `metrics.jsonl` into `loss.png`; None if fewer than two steps were logged."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if len(records) < 2:
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.5), dpi=120)
+    axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=1.2)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(f"{folder.name}: {records[0]['loss']:.2f} to {records[-1]['loss']:.2f}", fontsize=10)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    path = folder / "loss.png"
+    figure.savefig(path)
+    plt.close(figure)
+    return path

@@ -1,0 +1,27 @@
+"""The learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+from train.config import ScheduleConfig
+
+
+def learning_rate(config: ScheduleConfig, peak: float, step: int, steps: int) -> float:
+    """Rate of step `step` (0-based) of `steps`.
+
+    Linear warm-up to the peak, then constant, linear or cosine to `final_lr_ratio` of it, or
+    (wsd) constant with a linear tail of `decay_steps`.
+    """
+    warmup = min(2000, steps // 20) if config.warmup_steps is None else config.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if config.name == "constant":
+        return peak
+    decay = steps - warmup
+    if config.name == "wsd":
+        decay = min(decay, round(0.15 * steps) if config.decay_steps is None else config.decay_steps)
+    left = min(1.0, (steps - 1 - step) / max(1, decay))
+    if config.name == "cosine":
+        left = 0.5 * (1 - math.cos(math.pi * left))
+    return peak * (config.final_lr_ratio + (1 - config.final_lr_ratio) * left)

@@ -1,0 +1,113 @@
+"""Where numbers go: `metrics.jsonl` and `samples.jsonl` always, Weights & Biases by choice. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from train.config import Config, WandbConfig
+
+_GROUPS = {
+    "train": ("loss", "grad_norm", "lr", "z", "supervised_tokens"),
+    "progress": ("tokens_seen", "eta_seconds"),
+    "memory": ("peak_memory_gib",),
+}
+
+
+class JsonlTracker:
+    """Append-only; on resume, lines past the resumed step are dropped, as if they had not been."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self.metrics, self.samples = folder / "metrics.jsonl", folder / "samples.jsonl"
+        for path in (self.metrics, self.samples):
+            _truncate(path, first_step)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        _append(self.metrics, metrics)
+
+    def log_samples(self, samples: list[dict[str, Any]]) -> None:
+        for sample in samples:
+            _append(self.samples, sample)
+
+    def finish(self) -> None:
+        pass
+
+
+class WandbTracker:
+    """One W&B run per run folder: its id is kept there, so a resumed run goes on in the same charts."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        import wandb
+        from omegaconf import OmegaConf
+
+        options: WandbConfig = config.trackers.wandb
+        id_file = folder / "wandb_run_id.txt"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:8])
+        self._wandb = wandb
+        self._run = wandb.init(
+            id=id_file.read_text().strip(),
+            resume="allow",
+            mode=options.mode,  # type: ignore[arg-type]
+            project=options.project,
+            entity=options.entity,
+            name=options.name or folder.name,
+            group=options.group,
+            tags=options.tags,
+            dir=folder,
+            config=OmegaConf.to_container(OmegaConf.structured(config)),  # type: ignore[arg-type]
+            settings=wandb.Settings(console="off"),
+        )
+        # The step is a value of its own: a resumed run may log a step again, which W&B's counter forbids.
+        self._run.define_metric("progress/step")
+        self._run.define_metric("*", step_metric="progress/step")
+        self._rows: list[list[Any]] = []
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        named = {f"{_group(name)}/{name}": value for name, value in metrics.items() if name != "step"}
+        self._run.log({"progress/step": metrics["step"], **named})
+
+    def log_samples(self, samples: list[dict[str, Any]]) -> None:
+        self._rows += [[s["step"], s["prompt"], s["text"]] for s in samples]
+        table = self._wandb.Table(columns=["step", "prompt", "text"], data=self._rows)
+        self._run.log({"progress/step": samples[0]["step"], "samples/text": table})
+
+    def finish(self) -> None:
+        self._run.finish()
+
+
+Tracker = JsonlTracker | WandbTracker
+
+
+def build_trackers(config: Config, folder: Path, first_step: int) -> list[Tracker]:
+    trackers: list[Tracker] = [JsonlTracker(folder, first_step)]
+    if config.trackers.wandb.mode != "disabled":
+        trackers.append(WandbTracker(config, folder))
+    return trackers
+
+
+def _group(name: str) -> str:
+    return next((group for group, names in _GROUPS.items() if name in names), "speed")
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    with path.open("a") as out:
+        out.write(json.dumps(record) + "\n")
+
+
+def _truncate(path: Path, first_step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= first_step:
+                kept.append(line + "\n")
+        except ValueError:  # the last line of a killed run may be half written
+            continue
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(kept))
+    os.replace(aside, path)
