@@ -67,7 +67,7 @@ def generate(
             tokens,
             positions=(positions[None, :] - padding[:, None]).clamp_min(0),
             supervised=last,
-            masks=_masks(model.config, past, tokens.shape[1], padding),
+            masks=cache_masks(model.config, past, tokens.shape[1], padding),
             store=cache.store,
         )
         past += tokens.shape[1]
@@ -93,7 +93,7 @@ def sample(
     return indices.gather(1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
 
 
-def _masks(config: Gemma4Config, past: int, new: int, padding: Tensor) -> dict[LayerType, AttentionMask]:
+def cache_masks(config: Gemma4Config, past: int, new: int, padding: Tensor) -> dict[LayerType, AttentionMask]:
     """Masks of `new` positions after `past` cached ones; a sliding layer's keys start where its cache does."""
     num_rows = len(padding)
     position = torch.arange(past, past + new, device=padding.device).repeat(num_rows)

@@ -21,8 +21,14 @@ def init_parameters(model: nn.Module, seed: int, std: float) -> None:
 
 
 def initialised_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
-    return [*model.named_parameters(), *buffers.items()]
+    """Parameters and persistent buffers by qualified name."""
+    buffers = [
+        (f"{prefix}.{name}" if prefix else name, buffer)
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    ]
+    return [*model.named_parameters(), *buffers]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -26,6 +27,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from model.errors import UserError
+
+log = logging.getLogger("gemwright")
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "LATEST"
 _NAME = re.compile(r"step_(\d{8})")
@@ -105,7 +108,7 @@ class Checkpointer:
         self._pending = None
         background.thread.join()
         reports: list[Any] = [None] * dist.get_world_size()
-        failure = None if background.error is None else f"{type(background.error).__name__}: {background.error}"
+        failure = None if background.error is None else _root_cause(background.error)
         dist.all_gather_object(reports, (background.files, failure), group=self._group)
         failure = next((f for _, f in reports if f is not None), None)
         if failure is None and self.rank == 0:
@@ -149,13 +152,20 @@ class Checkpointer:
         )
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint; damaged ones are named on rank 0 and passed over."""
-        for folder in reversed(_complete(self.folder)):
+        """The newest whole checkpoint, or None if there is none; damaged ones are named and passed over.
+
+        Raises `CheckpointError` if there are checkpoints and all are damaged: a fresh start would bury them.
+        """
+        found = _complete(self.folder)
+        for folder in reversed(found):
             damage = self._verify(folder)
             if damage is None:
                 return folder
-            if self.rank == 0:
-                print(f"checkpoint {folder.name} is damaged ({damage}); trying the one before", flush=True)
+            log.warning("checkpoint %s is damaged (%s); trying the one before", folder.name, damage)
+        if found:
+            raise CheckpointError(
+                f"every checkpoint in {self.folder} is damaged; restore one, or choose another run.dir to start afresh."
+            )
         return None
 
     def load(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Objectives: `objective(model, batch) -> Loss`, sums over supervised tokens, which the trainer divides by their number."""
+"""Objectives: `objective(model, batch) -> Loss`, sums over supervised tokens; the trainer divides by their number."""
 
 from __future__ import annotations
 

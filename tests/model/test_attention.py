@@ -1,0 +1,89 @@
+"""The attention kernels against plain softmax attention under the same mask, and the masks themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from model.attention_kernels import blocked, flex_over
+from model.masks import BLOCK_SIZE, AttentionMask, attention_mask
+
+B, K, G, H = 2, 2, 3, 8
+
+
+def plain(q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> Tensor:
+    k, v = (t.repeat_interleave(G, dim=2)[mask.row_T] for t in (k_BSKH, v_BSKH))
+    scores = torch.einsum("tnh,tsnh->tns", q_TNH, k).masked_fill(~mask.dense()[:, None], float("-inf"))
+    return torch.einsum("tns,tsnh->tnh", scores.softmax(-1), v)
+
+
+def documents(length: int) -> Tensor:
+    ids = torch.zeros(B, length, dtype=torch.long)
+    ids[0, length // 3 :] = 1
+    ids[0, length // 2 :] = 7
+    ids[1, 1:] = 5
+    return ids
+
+
+CASES = [
+    pytest.param(length, window, packed, subset, id=f"{length}-{window}-{packed}-{subset}")
+    for length in (1, 50, 2 * BLOCK_SIZE + 37)
+    for window in (None, 1, 16, BLOCK_SIZE + 5)
+    for packed in (False, True)
+    for subset in (False, True)
+]
+
+
+def make(length: int, window: int | None, packed: bool, subset: bool) -> tuple[AttentionMask, list[Tensor]]:
+    generator = torch.Generator().manual_seed(length)
+    mask = attention_mask(B, length, window=window, document_ids_BS=documents(length) if packed else None)
+    if subset:
+        mask = mask.select((torch.rand(B * length, generator=generator) < 0.15).nonzero()[:, 0])
+    shapes = ((mask.num_queries, K * G, H), (B, length, K, H), (B, length, K, H))
+    return mask, [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize(("length", "window", "packed", "subset"), CASES)
+def test_blocked_equals_plain_attention(length: int, window: int | None, packed: bool, subset: bool) -> None:
+    mask, inputs = make(length, window, packed, subset)
+    expected, found = plain(*inputs, mask), blocked(*inputs, mask)
+    grad = torch.randn(expected.shape, dtype=torch.float64)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)  # scores pass through float32
+    if mask.num_queries:
+        for a, b in zip(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("subset", [False, True])
+@pytest.mark.parametrize("window", [None, 16])
+def test_flex_gives_the_same_under_the_same_mask(window: int | None, subset: bool) -> None:
+    mask, inputs = make(2 * BLOCK_SIZE, window, True, subset)
+    with torch.no_grad():
+        q, k, v = (t.float() for t in inputs)
+        torch.testing.assert_close(flex_over(flex_attention, q, k, v, mask), blocked(q, k, v, mask), atol=2e-6, rtol=1e-5)
+
+
+def test_masks_are_the_formulas_of_the_reference() -> None:
+    length, window = 30, 7
+    ids = documents(length)
+    i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
+    for row in range(B):
+        same = ids[row][:, None] == ids[row][None, :]
+        mask = attention_mask(B, length, window=window, document_ids_BS=ids).dense().view(B, length, length)[row]
+        assert torch.equal(mask, (j <= i) & (j > i - window) & same)
+        full = attention_mask(B, length, document_ids_BS=ids).dense().view(B, length, length)[row]
+        assert torch.equal(full, (j <= i) & same)
+
+
+def test_a_sliding_layer_costs_its_window_and_a_packed_layer_its_documents() -> None:
+    length, window = 4096, 512
+    sliding = attention_mask(1, length, window=window)
+    area = sum((b.query_end - b.query_start) * (b.key_end - b.key_start) for b in sliding.blocks)
+    assert area <= length * (window + BLOCK_SIZE)
+    ids = (torch.arange(length) // 256)[None]
+    packed = attention_mask(1, length, document_ids_BS=ids)
+    assert sum((b.query_end - b.query_start) * (b.key_end - b.key_start) for b in packed.blocks) <= length * 256
+    few = sliding.select(torch.tensor([5, 4000]))
+    assert len(few.blocks) == 2 and sum(b.key_end - b.key_start for b in few.blocks) <= 2 * window

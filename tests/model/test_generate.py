@@ -1,0 +1,62 @@
+"""Decoding with a cache equals decoding without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model import Gemma4
+from model.generate import Cache, cache_masks, generate, sample
+from tests.model.reference import FAMILIES, ours_from, perturbed_reference, random_config
+
+
+def uncached(model: Gemma4, prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            tokens.append(int(model.logits(model(torch.tensor([tokens])))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_with_cache_equals_greedy_without(family: str, seed: int) -> None:
+    config = random_config(family, seed)
+    model = ours_from(perturbed_reference(config, seed), config)
+    prompts = [[2, 5, 9, 11, 3, 8, 40], [2, 17], [2] + list(range(20, 45))]
+    found = generate(model, prompts, 24, temperature=0)
+    assert found == [uncached(model, prompt, 24) for prompt in prompts]
+    assert len({tuple(row) for row in found}) > 1
+
+
+def test_a_sliding_layer_keeps_one_window_and_consumers_keep_nothing() -> None:
+    config = random_config("e4b", 1)
+    model = ours_from(perturbed_reference(config, 1), config)
+    cache = Cache(config, num_rows=1)
+    for position in range(32):
+        masks = cache_masks(config, position, 1, torch.zeros(1, dtype=torch.long))
+        with torch.no_grad():
+            model(torch.tensor([[7]]), torch.tensor([[position]]), masks=masks, store=cache.store)
+    assert set(cache.layers) == set(range(config.first_kv_shared_layer))
+    for index, (k, _) in cache.layers.items():
+        window = config.layer(index).window
+        assert k.shape[1] == (32 if window is None else min(32, window - 1))
+
+
+def test_generation_stops_at_the_stop_token() -> None:
+    config = random_config("31b", 0)
+    model = ours_from(perturbed_reference(config, 0), config)
+    free = generate(model, [[2, 5, 6]], 12, temperature=0)[0]
+    stopped = generate(model, [[2, 5, 6]], 12, temperature=0, stop=[free[3]])[0]
+    assert stopped == free[: free.index(free[3]) + 1]
+
+
+def test_sampling_stays_in_the_top_k_and_top_p() -> None:
+    logits = torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.0]]).repeat(2000, 1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = sample(logits, 1.0, 3, 1.0, generator)
+    frequency = torch.bincount(drawn, minlength=5) / len(drawn)
+    expected = torch.tensor([4.0, 3.0, 2.0]).softmax(0)
+    assert (frequency[:3] - expected).abs().max() < 0.03 and frequency[3:].sum() == 0
+    assert set(sample(logits, 1.0, 5, 0.7, generator).tolist()) == {0, 1}
+    assert set(sample(logits, 0.0, 5, 1.0, generator).tolist()) == {0}

@@ -1,0 +1,86 @@
+"""The fused loss against the plain one, and the memory it does not use."""
+
+from __future__ import annotations
+
+import resource
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.head import linear_cross_entropy, softcapped_logits
+from tests.report import report
+
+T, V, D, CAP = 37, 301, 16, 30.0
+
+
+@pytest.mark.parametrize("chunk_size", [1, 8, 37, 64])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_values_and_gradients_equal_the_plain_loss(chunk_size: int, z_loss: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = (torch.randn(T, D, generator=generator) * 3).requires_grad_()
+    weight = (torch.randn(V, D, generator=generator) * 3).requires_grad_()
+    labels = torch.randint(0, V, (T,), generator=generator)
+    logits = softcapped_logits(hidden @ weight.T, CAP)
+    nll = F.cross_entropy(logits, labels, reduction="sum")
+    z = logits.logsumexp(-1).square().sum()
+    expected = torch.autograd.grad((nll + z_loss * z) / T, (hidden, weight))
+    found = linear_cross_entropy(hidden, weight, labels, softcap=CAP, z_loss=z_loss, chunk_size=chunk_size)
+    torch.testing.assert_close(found.nll, nll, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.z, z, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.total, nll + z_loss * z, rtol=1e-6, atol=0)
+    for a, b in zip(torch.autograd.grad(found.total / T, (hidden, weight)), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_bfloat16_hidden_states_give_a_float32_loss() -> None:
+    hidden, weight = torch.randn(T, D, dtype=torch.bfloat16), torch.randn(V, D, dtype=torch.bfloat16)
+    hidden.requires_grad_(), weight.requires_grad_()
+    labels = torch.randint(0, V, (T,))
+    loss = linear_cross_entropy(hidden, weight, labels, softcap=CAP, chunk_size=8)
+    loss.total.backward()
+    plain = F.cross_entropy(softcapped_logits(hidden.float() @ weight.float().T, CAP), labels, reduction="sum")
+    assert loss.total.dtype == torch.float32 and hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+    assert abs(loss.total.item() / plain.item() - 1) < 1e-2
+
+
+def test_no_tokens_is_a_loss_of_zero_with_zero_gradients() -> None:
+    hidden, weight = torch.randn(0, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    total = linear_cross_entropy(hidden, weight, torch.empty(0, dtype=torch.long), softcap=CAP).total
+    total.backward()
+    assert total == 0 and not weight.grad.any() and hidden.grad.shape == (0, D)
+
+
+def _peak_growth(tokens: int, fused: bool) -> int:
+    """Bytes by which forward and backward raise this machine's peak, measured in a process of its own."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        hidden = torch.randn(tokens, 64, requires_grad=True)
+        weight = torch.randn(262_144, 64, requires_grad=True)
+        labels = torch.randint(0, 262_144, (tokens,))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if fused:
+            linear_cross_entropy(hidden, weight, labels, softcap=CAP).total.backward()
+        else:
+            F.cross_entropy(softcapped_logits(hidden @ weight.T, CAP), labels, reduction="sum").backward()
+        os.write(write, str((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024).encode())
+        os._exit(0)
+    os.close(write)
+    grown = int(os.read(read, 64) or -1)
+    os.close(read)
+    os.waitpid(child, 0)
+    assert grown >= 0, "the measuring process died"
+    return grown
+
+
+def test_the_logits_of_the_batch_never_exist() -> None:
+    one_logits_tensor = 512 * 262_144 * 4
+    fused, plain = _peak_growth(512, fused=True), _peak_growth(512, fused=False)
+    report(
+        "Peak memory of the loss, 512 tokens x 262,144 pieces",
+        {"fused MiB": fused >> 20, "plain MiB": plain >> 20, "one [T, V] tensor MiB": one_logits_tensor >> 20},
+    )
+    assert plain > one_logits_tensor, "the measure must see the plain loss's logits"
+    assert fused < one_logits_tensor

@@ -1,0 +1,44 @@
+"""Initial values: their distribution, and that any slice can be drawn on its own."""
+
+from __future__ import annotations
+
+import torch
+
+from model import Gemma4, Gemma4Config
+from model.init import init_slice_
+
+
+def test_initial_values_follow_the_reference() -> None:
+    model = Gemma4(Gemma4Config.from_name("gemma4_tiny_26b_a4b"))
+    model.init_weights(torch.Generator().manual_seed(7))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            assert (parameter == 1).all(), name
+        else:
+            assert abs(parameter.std().item() / 0.02 - 1) < 0.05, name
+            assert abs(parameter.mean().item()) < 0.001, name
+    assert not model.language_model.embed_tokens.weight[0].any()
+    assert model.language_model.layers[0].layer_scalar.item() == 1
+
+
+def test_the_seed_alone_decides_and_names_differ() -> None:
+    def weights(seed: int) -> dict[str, torch.Tensor]:
+        model = Gemma4(Gemma4Config.from_name("gemma4_tiny_31b"))
+        model.init_weights(torch.Generator().manual_seed(seed))
+        return dict(model.named_parameters())
+
+    a, b, c = weights(1), weights(1), weights(2)
+    q = "language_model.layers.0.self_attn.q_proj.weight"
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a[q], c[q])
+    assert not torch.equal(a[q], a[q.replace("layers.0", "layers.1")])
+
+
+def test_a_slice_equals_the_same_part_of_the_whole() -> None:
+    shape = torch.Size((3000, 700))  # more than one block of rows
+    whole = torch.empty(shape)
+    init_slice_(whole, "x.weight", shape, (0, 0), seed=3, std=0.02)
+    for rows, columns in (((0, 10), (0, 700)), ((1490, 1510), (100, 300)), ((2999, 3000), (699, 700))):
+        part = torch.empty(rows[1] - rows[0], columns[1] - columns[0])
+        init_slice_(part, "x.weight", shape, (rows[0], columns[0]), seed=3, std=0.02)
+        assert torch.equal(part, whole[slice(*rows), slice(*columns)])

@@ -1,0 +1,148 @@
+"""Checkpoints: whole or not there, verified, pruned, written in the background or not."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parallel.mesh import World
+from tests.distributed import run_ranks
+from tests.runs import losses, overrides, train_on, train_once
+from train.checkpoint import CheckpointError
+from train.config import load_config
+from train.trainer import Trainer
+
+STEPS = ["train.steps=6", "schedule.name=constant", "schedule.warmup_steps=0"]
+
+
+def names(run: Path) -> list[str]:
+    return sorted(p.name for p in (run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_run_keeps_the_last_k_whole_checkpoints_and_latest(tmp_path: Path, asynchronous: str) -> None:
+    more = ["checkpoint.every=2", "checkpoint.keep=2", f"checkpoint.asynchronous={asynchronous}"]
+    train_on(2, overrides(tmp_path, *STEPS, *more))
+    run = tmp_path / "run"
+    assert names(run) == ["LATEST", "step_00000004", "step_00000006"]
+    assert (run / "checkpoints" / "LATEST").read_text() == "step_00000006"
+    for step in (4, 6):
+        folder = run / "checkpoints" / f"step_{step:08d}"
+        manifest = json.loads((folder / "manifest.json").read_text())["files"]
+        assert set(manifest) | {"manifest.json"} == {p.name for p in folder.iterdir()}
+        assert any(name.startswith("__0_") for name in manifest) and any(name.startswith("__1_") for name in manifest)
+        assert json.loads((folder / "state.json").read_text())["step"] == step
+
+
+def test_asynchronous_checkpoints_hold_the_step_they_name(tmp_path: Path) -> None:
+    for run, asynchronous in (("now", "false"), ("later", "true")):
+        more = ["checkpoint.every=2", "checkpoint.keep=9", f"checkpoint.asynchronous={asynchronous}"]
+        train_on(1, overrides(tmp_path, *STEPS, *more, run=run))
+    for step in (2, 4, 6):
+        resumed = {}
+        for run in ("now", "later"):
+            source = tmp_path / run / "checkpoints" / f"step_{step:08d}"
+            arguments = overrides(tmp_path, *STEPS, f"run.resume={source}", "train.steps=7", run=f"{run}-{step}")
+            resumed[run] = train_on(1, arguments)
+        for name, tensor in resumed["now"].items():
+            assert torch.equal(tensor, resumed["later"][name]), (step, name)
+
+
+def corrupt(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path) -> None:
+    train_on(2, overrides(tmp_path, *STEPS, "checkpoint.every=2", "checkpoint.keep=3"))
+    run = tmp_path / "run"
+    expected = losses(run)
+    corrupt(next((run / "checkpoints" / "step_00000006").glob("__1_*")))
+    (run / "checkpoints" / ".step_00000008.partial").mkdir()
+
+    def resume(world: World) -> dict[str, Any]:
+        messages: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("gemwright").addHandler(handler)
+        return train_once(overrides(tmp_path, *STEPS), world) | {"messages": messages}
+
+    result = run_ranks(2, resume)[0]
+    assert any("step_00000006 is damaged (__1_0.distcp has another checksum)" in m for m in result["messages"])
+    assert result["step"] == 6 and losses(run) == expected
+    assert names(run) == ["LATEST", "step_00000004", "step_00000006"]
+
+
+@pytest.mark.parametrize("harm", ["truncate", "remove", "state"])
+def test_other_damage_is_found_too(tmp_path: Path, harm: str) -> None:
+    train_on(1, overrides(tmp_path, *STEPS))
+    folder = tmp_path / "run" / "checkpoints" / "step_00000006"
+    file = folder / ("state.json" if harm == "state" else "__0_0.distcp")
+    if harm == "truncate":
+        file.write_bytes(file.read_bytes()[:-10])
+    elif harm == "remove":
+        file.unlink()
+    else:
+        file.write_text(file.read_text().replace('"step": 6', '"step": 5'))
+
+    def resume(world: World) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            Trainer(load_config(overrides(tmp_path, *STEPS)), world, torch.device("cpu"))
+        return str(caught.value)
+
+    assert "every checkpoint" in run_ranks(1, resume)[0]
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(tmp_path: Path, asynchronous: str) -> None:
+    train_on(2, overrides(tmp_path, *STEPS, "checkpoint.every=2"))
+    run = tmp_path / "run"
+    before = names(run)
+
+    def no_room(world: World) -> str:
+        more = ["train.steps=9", f"checkpoint.asynchronous={asynchronous}"]
+        trainer = Trainer(load_config(overrides(tmp_path, *STEPS, *more)), world, torch.device("cpu"))
+        if world.rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # writes fail as on a full disk
+        with pytest.raises(CheckpointError) as caught:
+            trainer.train()
+        return str(caught.value)
+
+    messages = run_ranks(2, no_room)
+    assert "step_00000009 could not be written" in messages[0] and "File too large" in messages[0]
+    assert "make room" in messages[1] and "\n" not in messages[0]
+    assert names(run) == before
+    train_on(2, overrides(tmp_path, *STEPS, "train.steps=9"))
+    assert (run / "checkpoints" / "LATEST").read_text() == "step_00000009"
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    train_on(1, overrides(tmp_path, *STEPS))
+
+    def resume(world: World) -> str:
+        with pytest.raises(ValueError) as caught:
+            Trainer(load_config(overrides(tmp_path, *STEPS, "model.hidden_size=32")), world, torch.device("cpu"))
+        return str(caught.value)
+
+    assert "model.hidden_size=64, this run 32" in run_ranks(1, resume)[0]
+
+
+def test_never_resuming_does_not_bury_another_run(tmp_path: Path) -> None:
+    train_on(1, overrides(tmp_path, *STEPS))
+
+    def start(world: World) -> str:
+        with pytest.raises(ValueError) as caught:
+            Trainer(load_config(overrides(tmp_path, *STEPS, "run.resume=never")), world, torch.device("cpu"))
+        return str(caught.value)
+
+    assert "holds checkpoints of another run" in run_ranks(1, start)[0]
+    shutil.rmtree(tmp_path / "run")
+    assert train_on(1, overrides(tmp_path, *STEPS, "run.resume=never"))

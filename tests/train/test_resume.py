@@ -1,0 +1,102 @@
+"""A run killed at any instant goes on as if nothing had happened, also on another number of ranks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.report import report
+from tests.runs import losses, overrides, records, train_on
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = ["train.steps=14", "checkpoint.every=4", "train.sample_every=7", "train.sample_tokens=4"]
+
+
+def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= steps:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {steps}: {process.communicate()}")
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    torchrun = str(Path(sys.executable).with_name("torchrun"))
+    return subprocess.Popen(
+        [torchrun, "--nproc", "2", str(ROOT / "train" / "main.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-rank run killed with SIGKILL after step 9, and beside it the run nobody killed."""
+    folder = tmp_path_factory.mktemp("killed")
+    train_on(2, overrides(folder, *STEPS, run="whole"))
+    process = start(overrides(folder, *STEPS, run="killed"))
+    wait_for_steps(folder / "killed", 9, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(losses(folder / "killed")) < 14
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [2, 1, 4])
+def test_a_killed_run_goes_on(killed: Path, ranks: int) -> None:
+    run = f"resumed-{ranks}"
+    shutil.copytree(killed / "killed", killed / run)
+    resumed_at = int((killed / run / "checkpoints" / "LATEST").read_text().removeprefix("step_"))
+    assert resumed_at in (4, 8, 12)
+    train_on(ranks, overrides(killed, *STEPS, run=run))
+    expected, found = losses(killed / "whole"), losses(killed / run)
+    assert [r["step"] for r in records(killed / run)] == list(range(1, 15))
+    assert (killed / run / "samples.jsonl").read_text().count("\n") == 6
+    error = max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
+    report(
+        "Killed with SIGKILL and resumed, against a run nobody killed",
+        {"ranks": f"2, then {ranks}", "resumed at": resumed_at, "of": 14, "max rel. dloss": f"{error:.1e}"},
+    )
+    if ranks == 2:
+        assert found == expected, "the same layout goes on bit for bit"
+    assert error < 1e-5
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_one_rank_saves_on_all_and_ends_well(tmp_path: Path, number: signal.Signals) -> None:
+    arguments = overrides(tmp_path, "train.steps=2000", "checkpoint.every=0")
+    process = start(arguments)
+    wait_for_steps(tmp_path / "run", 3, process)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(children[1]), number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    step = int((tmp_path / "run" / "checkpoints" / "LATEST").read_text().removeprefix("step_"))
+    assert 3 <= step < 2000
+    assert f"stopped as asked at step {step}" in out
+    assert len(losses(tmp_path / "run")) == step
+
+
+def test_a_killed_rank_is_named_in_one_line(tmp_path: Path) -> None:
+    process = start(overrides(tmp_path, "train.steps=2000", "checkpoint.every=2"))
+    wait_for_steps(tmp_path / "run", 3, process)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: rank 1 was killed by SIGKILL" in out
+    assert (tmp_path / "run" / "checkpoints" / "LATEST").exists()
