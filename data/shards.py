@@ -64,6 +64,6 @@ class TokenShard:
         return np.diff(self.offsets)
 
     def document(self, index: int, start: int, stop: int) -> NDArray[np.int64]:
-        """Tokens [start, stop) of one document."""
-        first = self.offsets[index]
-        return np.asarray(self.tokens[first + start : first + stop], dtype=np.int64)
+        """Tokens [start, stop) of one document, which may end before `stop`."""
+        first, end = self.offsets[index], self.offsets[index + 1]
+        return np.asarray(self.tokens[first + start : min(first + stop, end)], dtype=np.int64)

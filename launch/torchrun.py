@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -28,19 +29,20 @@ def main() -> None:
     # The agent logs each dead worker as an error of its own; the workers' words and ours suffice.
     for name in ("agent.server.api", "multiprocessing.api", "multiprocessing.errors.error_handler"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
+    arguments = parse(sys.argv[1:])
+    if arguments.nproc_per_node.isdigit():  # torch would give each process one thread
+        threads = max(1, len(os.sched_getaffinity(0)) // int(arguments.nproc_per_node))
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     try:
-        run(parse(sys.argv[1:]))
+        run(arguments)
     except SignalException as stopped:
         sys.exit(128 + stopped.sigval)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            print(
-                f"error: rank {rank} was killed by {failure.signal_name()}; the others were stopped.",
-                file=sys.stderr,
-            )
-            sys.exit(1)
-        sys.exit(failure.exitcode)
+        # A rank that dies takes others with it, and SIGTERM is the agent's own: the first other signal is the cause.
+        killed = {r: f for r, f in error.failures.items() if f.exitcode < 0 and f.signal_name() != "SIGTERM"}
+        for rank, failure in killed.items():
+            print(f"error: rank {rank} was killed by {failure.signal_name()}; all were stopped.", file=sys.stderr)
+        sys.exit(1 if killed else error.get_first_failure()[1].exitcode)
 
 
 if __name__ == "__main__":

@@ -62,9 +62,9 @@ def train_once(arguments: list[str], world: World) -> dict[str, Any]:
 
 def whole_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
     return {
-        name.replace("_checkpoint_wrapped_module.", ""): (
-            p.full_tensor() if isinstance(p, DTensor) else p
-        ).detach().clone()
+        name.replace("_checkpoint_wrapped_module.", ""): (p.full_tensor() if isinstance(p, DTensor) else p)
+        .detach()
+        .clone()
         for name, p in model.named_parameters()
     }
 

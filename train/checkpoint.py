@@ -56,7 +56,7 @@ class _Background:
 
 
 class Checkpointer:
-    """Saves and loads one run's checkpoints in `folder`. All methods are collective unless they say otherwise."""
+    """One run's checkpoints in an existing folder. All methods are collective unless they say otherwise."""
 
     def __init__(self, folder: Path, *, keep: int, asynchronous: bool) -> None:
         self.folder, self.keep, self.asynchronous = folder, keep, asynchronous
@@ -64,7 +64,6 @@ class Checkpointer:
         self._group = dist.new_group(backend="gloo")
         self._pending: tuple[Path, _Background] | None = None
         if self.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(".*.partial"):
                 shutil.rmtree(leftover)
         dist.barrier(self._group)

@@ -20,6 +20,8 @@ import logging
 import os
 import time
 import traceback
+import warnings
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -31,11 +33,27 @@ from train.config import load_config
 _COURTESY_SECONDS = 10
 
 
+def _leave(world: World, message: str) -> NoReturn:
+    """Exit 1 with one line from whichever rank comes first; the others find the word taken.
+
+    Other ranks wait in a collective, so an orderly exit would wait for them.
+    """
+    try:
+        first = dist.distributed_c10d._get_default_store().add("gemwright/error", 1) == 1
+    except RuntimeError:  # the rank that kept the store is gone
+        first = True
+    if first:
+        where = f" (rank {world.rank})" if world.rank else ""
+        print(f"error{where}: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def main(arguments: list[str] | None = None) -> int:
     overrides = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"}.intersection(overrides):
         print(__doc__)
         return 0
+    warnings.filterwarnings("ignore", message=".*set_vital.*")  # torchdata calls what torch deprecates
     world = World.from_environment()
     logging.basicConfig(
         level=logging.INFO if world.rank == 0 else logging.ERROR, format="%(message)s", stream=sys.stdout
@@ -58,10 +76,15 @@ def main(arguments: list[str] | None = None) -> int:
     init_process_group(world, device)
     try:
         Trainer(config, world, device).train()
-    except (UserError, OSError) as error:
-        where = f" (rank {world.rank})" if world.rank else ""
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # other ranks wait in a collective; an orderly exit would wait for them
+    except UserError as error:
+        _leave(world, str(error))
+    except OSError as error:
+        _leave(world, f"{error}; mend it and start again: the run goes on from its last checkpoint.")
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistBackendError):
+            traceback.print_exc()
+            os._exit(1)
+        _leave(world, "lost another rank, whose own words or the launcher's say why.")
     except BaseException:
         traceback.print_exc()
         os._exit(1)

@@ -55,6 +55,7 @@ class Trainer:
         torch.use_deterministic_algorithms(config.run.deterministic)
         torch.backends.cudnn.benchmark = not config.run.deterministic
 
+        self._make_folder()
         self.checkpointer = Checkpointer(
             self.folder / "checkpoints",
             keep=config.checkpoint.keep,
@@ -62,7 +63,6 @@ class Trainer:
         )
         resume_from = self._resume_folder()
         if world.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(OmegaConf.structured(config), self.folder / "config.yaml")
         self.corpus = self._prepare_corpus()
         self.model = build_parallel_model(
@@ -225,6 +225,14 @@ class Trainer:
             log.info("stopped as asked at step %d; the same command goes on from there", self.step)
         else:
             log.info("done: step %d, %s tokens, run folder %s", self.step, f"{self.tokens_seen:,}", self.folder)
+
+    def _make_folder(self) -> None:
+        try:
+            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir={self.folder} cannot be made ({error.strerror}); choose a folder you may write to."
+            ) from None
 
     def _resume_folder(self) -> Path | None:
         """The checkpoint to go on from, checked to be of this model. Raises `UserError` if it is not."""

@@ -52,7 +52,9 @@ def test_blocked_equals_plain_attention(length: int, window: int | None, packed:
     grad = torch.randn(expected.shape, dtype=torch.float64)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)  # scores pass through float32
     if mask.num_queries:
-        for a, b in zip(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):
+        for a, b in zip(
+            torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
+        ):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
@@ -62,7 +64,9 @@ def test_flex_gives_the_same_under_the_same_mask(window: int | None, subset: boo
     mask, inputs = make(2 * BLOCK_SIZE, window, True, subset)
     with torch.no_grad():
         q, k, v = (t.float() for t in inputs)
-        torch.testing.assert_close(flex_over(flex_attention, q, k, v, mask), blocked(q, k, v, mask), atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            flex_over(flex_attention, q, k, v, mask), blocked(q, k, v, mask), atol=2e-6, rtol=1e-5
+        )
 
 
 def test_masks_are_the_formulas_of_the_reference() -> None:

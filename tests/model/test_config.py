@@ -25,7 +25,9 @@ def test_parameter_counts_equal_the_released_models(name: str) -> None:
         model = Gemma4(Gemma4Config.from_name(f"gemma4_{name}"))
     sizes = {key: p.numel() for key, p in model.named_parameters()}
     total = sum(sizes.values())
-    report("Parameters on meta", {"variant": name, "language model": f"{total:,}", "expected": f"{PARAMETERS[name][0]:,}"})
+    report(
+        "Parameters on meta", {"variant": name, "language model": f"{total:,}", "expected": f"{PARAMETERS[name][0]:,}"}
+    )
     assert total == PARAMETERS[name][0]
     assert sizes["language_model.embed_tokens.weight"] == PARAMETERS[name][1]
     assert sizes.get("language_model.embed_tokens_per_layer.weight", 0) == PARAMETERS[name][2]

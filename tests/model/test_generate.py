@@ -23,7 +23,7 @@ def uncached(model: Gemma4, prompt: list[int], count: int) -> list[int]:
 def test_greedy_with_cache_equals_greedy_without(family: str, seed: int) -> None:
     config = random_config(family, seed)
     model = ours_from(perturbed_reference(config, seed), config)
-    prompts = [[2, 5, 9, 11, 3, 8, 40], [2, 17], [2] + list(range(20, 45))]
+    prompts = [[2, 5, 9, 11, 3, 8, 40], [2, 17], [2, *list(range(20, 45))]]
     found = generate(model, prompts, 24, temperature=0)
     assert found == [uncached(model, prompt, 24) for prompt in prompts]
     assert len({tuple(row) for row in found}) > 1

@@ -49,9 +49,7 @@ def test_a_mesh_equals_one_process(
     world_size, extra = MESHES[mesh]
     parameters = train_on(world_size, overrides(tmp_path, f"+variant={variant}", *EXTRA.get(variant, ()), *extra))
     expected_losses, expected = one_process[variant]
-    loss_error = max(
-        abs(a - b) / b for a, b in zip(losses(tmp_path / "run"), expected_losses, strict=True)
-    )
+    loss_error = max(abs(a - b) / b for a, b in zip(losses(tmp_path / "run"), expected_losses, strict=True))
     parameter_error = max((parameters[name] - expected[name]).abs().max().item() for name in expected)
     report(
         "Meshes against one process, fp32, 5 steps",

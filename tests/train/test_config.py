@@ -1,0 +1,69 @@
+"""Overrides: what is accepted, and the one line that refuses the rest."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from model import ConfigError
+from model.config import VARIANT_NAMES
+from train.config import CONFIG_FOLDER, load_config
+
+
+def test_no_arguments_is_the_tiny_model() -> None:
+    config = load_config([])
+    assert config.model.name == "gemma4_tiny_e4b"
+    assert config.gemma4().num_hidden_layers == 12
+
+
+def test_there_is_a_variant_file_for_every_registered_name() -> None:
+    files = {path.stem: path for path in (CONFIG_FOLDER / "variant").glob("*.yaml")}
+    assert {f"gemma4_{name}" for name in files} == set(VARIANT_NAMES)
+    for name, path in files.items():
+        text = path.read_text()
+        assert f"+variant={name}" in text, "the header shows the launch line"
+        assert yaml.safe_load(text)["model"]["name"] == f"gemma4_{name}"
+        config = load_config([f"+variant={name}"])
+        assert config.model.name == f"gemma4_{name}"
+        assert config.gemma4().vocab_size in (8192, 262_144)
+
+
+def test_overrides_win_over_the_variant() -> None:
+    config = load_config(["+variant=31b", "model.num_hidden_layers=4", "optimizer.lr=1e-5", "+train.steps=7"])
+    assert (config.gemma4().num_hidden_layers, config.optimizer.lr, config.train.steps) == (4, 1e-5, 7)
+    assert config.gemma4().hidden_size == 5376
+
+
+BAD = [
+    ("train.stepz=3", "train.stepz is no config key; nearest: train.steps."),
+    ("+train.stepz=3", "train.stepz is no config key; nearest: train.steps."),
+    ("++lr=3", "lr is no config key; nearest: optimizer.lr."),
+    ("model.lyers=3", "nearest: model.num_hidden_layers."),
+    ("optimizr.lr=3", "nearest: optimizer.lr."),
+    ("optimizer.lr=abc", "optimizer.lr=abc has the wrong type; optimizer.lr is a number."),
+    ("train.steps=1.5", "train.steps is a whole number."),
+    ("run.deterministic=maybe", "run.deterministic is true or false."),
+    ("+variant=31q", "variant=31q does not exist; nearest: 31b (all: "),
+    ("+variant=tiny_31", "nearest: tiny_31b"),
+    ("model.name=gemma4_e3b", "nearest: gemma4_e"),
+    ("schedule.name=cosin", "nearest: cosine (all: constant, linear, cosine, wsd)."),
+    ("run.dtype=float16", "nearest: bfloat16 (all: auto, bfloat16, float32)."),
+    ("model.num_key_value_heads=3", "legal here: 1, 2, 4, 8."),
+    ("data.sequence_length=9000", "largest legal: 8192."),
+    ("train.steps=0", "smallest legal: 1."),
+    ("schedule.warmup_steps=1000", "largest legal warm-up: 100."),
+    ("schedule.final_lr_ratio=2", "outside 0 to 1."),
+    ("data.tokenizer_vocab_size=9000", "largest legal: 8192."),
+    ("nonsense", "is not KEY=VALUE"),
+    ("~train.steps", "a run takes plain KEY=VALUE."),
+    ("train.steps=1,2", "a run takes plain KEY=VALUE."),
+    ("train=3", "train is no config key"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), BAD, ids=[override for override, _ in BAD])
+def test_bad_overrides_are_refused_in_one_line_with_the_nearest_choice(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config([override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,167 @@
+"""Schedules, parameter groups, operation counts, metrics and trackers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from data.batch import Batch
+from model import Gemma4, Gemma4Config
+from model.masks import attention_mask
+from tests.runs import overrides, train_on
+from train.config import OptimizerConfig, ScheduleConfig
+from train.flops import batch_work, training_flops
+from train.metrics import Meter, step_line
+from train.optimizer import build_optimizer
+from train.schedule import learning_rate
+from train.trackers import JsonlTracker
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("constant", {0: 0.25, 3: 1.0, 4: 1.0, 99: 1.0}),
+        ("linear", {0: 0.25, 3: 1.0, 51: 0.1 + 0.9 * 48 / 96, 99: 0.1}),
+        ("cosine", {3: 1.0, 51: 0.1 + 0.9 * 0.5, 99: 0.1}),
+        ("wsd", {3: 1.0, 50: 1.0, 79: 1.0, 89: 0.1 + 0.9 * 0.5, 99: 0.1}),
+    ],
+)
+def test_schedules(name: str, expected: dict[int, float]) -> None:
+    config = ScheduleConfig(name=name, warmup_steps=4, decay_steps=20, final_lr_ratio=0.1)
+    for step, ratio in expected.items():
+        assert learning_rate(config, 2.0, step, 100) == pytest.approx(2.0 * ratio, rel=1e-9), step
+
+
+def test_default_warm_up_is_a_twentieth_and_no_rate_is_zero_before_the_end() -> None:
+    config = ScheduleConfig(name="cosine", final_lr_ratio=0.0)
+    rates = [learning_rate(config, 1.0, step, 100) for step in range(100)]
+    assert rates[4] == 1.0 and rates[0] == pytest.approx(0.2)
+    assert all(rate > 0 for rate in rates[:-1]) and rates[-1] == 0
+
+
+def test_norms_scalars_and_embeddings_do_not_decay() -> None:
+    model = Gemma4(Gemma4Config.from_name("gemma4_tiny_e4b"))
+    optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.3))
+    names = {id(p): name for name, p in model.named_parameters()}
+    decay = {names[id(p)]: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert decay.keys() == set(names.values())
+    for name, value in decay.items():
+        matrix = ("proj" in name and "norm" not in name) or "per_layer_input_gate" in name
+        assert value == (0.3 if matrix else 0.0), name
+
+
+@pytest.mark.parametrize("variant", ["e2b", "e4b", "12b", "26b_a4b", "31b"])
+@pytest.mark.parametrize("few", [False, True])
+def test_counted_operations_equal_those_of_the_matrix_products(variant: str, few: bool) -> None:
+    """Everything but attention is counted by torch's own counter; scores are added by their number."""
+    config = Gemma4Config.from_name(f"gemma4_tiny_{variant}", vocab_size=300, vocab_size_per_layer_input=300)
+    model = Gemma4(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 300, (2, 96))
+    labels = tokens.clone()
+    if few:
+        labels[:, :80] = -100
+    ids = (torch.arange(96) // 60).expand(2, 96)
+    batch = Batch(tokens, labels, torch.zeros_like(tokens), ids)
+    supervised = batch.supervised_BS
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.logits(model(tokens, document_ids=ids, supervised=supervised))
+    counted = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counted.items() if op is torch.ops.aten.mm or op is torch.ops.aten.addmm)
+    if config.enable_moe_block:
+        assert config.top_k_experts and config.moe_intermediate_size
+        rows = sum(
+            int(supervised.sum()) if i >= config.first_kv_shared_layer - 1 else tokens.numel()
+            for i in range(config.num_hidden_layers)
+        )
+        products += rows * config.top_k_experts * 6 * config.hidden_size * config.moe_intermediate_size
+    scores = 0
+    for i in range(config.num_hidden_layers):
+        layer = config.layer(i)
+        mask = attention_mask(2, 96, window=layer.window, document_ids_BS=ids)
+        if i >= config.first_kv_shared_layer - 1:
+            mask = mask.select(supervised.flatten().nonzero()[:, 0])
+        scores += 4 * int(mask.dense().sum()) * config.num_attention_heads * layer.head_dim
+    assert training_flops(config, batch_work(config, batch)) == 3 * (products + scores)
+
+
+def test_released_sizes_cost_six_operations_per_active_parameter_and_token() -> None:
+    active = {"31b": 30_697_345_280, "26b_a4b": 3_822_530_560}
+    for name, parameters in active.items():
+        config = Gemma4Config.from_name(f"gemma4_{name}")
+        tokens = torch.zeros(1, 2, dtype=torch.long)
+        work = batch_work(config, Batch(tokens, tokens, tokens, tokens))
+        assert training_flops(config, work) / (6 * 2 * parameters) == pytest.approx(1.0, abs=2e-3)
+
+
+def test_the_meter_counts_what_happened_between_log_points() -> None:
+    meter = Meter(world_size=2, steps=10, peak_flops=1e9, device=torch.device("cpu"), started=0.0)
+    meter.add(tokens=1000, flops=4_000_000, data_seconds=0.5)
+    meter.add(tokens=1000, flops=4_000_000, data_seconds=0.1)
+    import time
+
+    meter.started = time.perf_counter() - 2.0
+    record = meter.record(4, {"loss": 1.0, "grad_norm": 2.0, "lr": 1e-3})
+    assert record["tokens_per_second"] == pytest.approx(1000, rel=0.05)
+    assert record["tokens_per_second_per_device"] == pytest.approx(500, rel=0.05)
+    assert record["mfu"] == pytest.approx(2e6 / 1e9, rel=0.1)
+    assert record["data_seconds"] == 0.3 and record["eta_seconds"] == pytest.approx(6.0, rel=0.05)
+    assert meter.tokens == 0
+    assert step_line(record, 10).startswith(
+        "step  4/10 | loss 1.0000 | grad_norm 2.000 | lr 1.00e-03 | tokens/s/device"
+    )
+
+
+def test_records_past_the_resumed_step_and_half_lines_are_dropped(tmp_path: Path) -> None:
+    lines = [json.dumps({"step": step, "loss": step * 1.0}) + "\n" for step in range(1, 6)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 6, "lo')
+    tracker = JsonlTracker(tmp_path, first_step=3)
+    tracker.log({"step": 4, "loss": 9.0})
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["loss"]) for r in found] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 9.0)]
+
+
+def read_offline_run(folder: Path) -> list[dict[str, Any]]:
+    """Records of an offline W&B run, by W&B's own reader."""
+    (log,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    out = subprocess.run(
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [json.loads(line) for line in out.stdout.splitlines()]
+
+
+def test_an_offline_wandb_run_reads_back_and_keeps_its_id(tmp_path: Path) -> None:
+    options = ["trackers.wandb.mode=offline", "train.sample_every=2", "train.sample_tokens=3", "checkpoint.every=2"]
+    train_on(1, overrides(tmp_path, *options, "train.steps=2"))
+    run = tmp_path / "run"
+    records = read_offline_run(run)
+    history = [r["history"]["item"] for r in records if r["type"] == "history"]
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scalars = [h for h in history if "train/loss" in h]
+    assert [(h["progress/step"], h["train/loss"]) for h in scalars] == [(r["step"], r["loss"]) for r in logged]
+    assert {"train/grad_norm", "train/lr", "speed/mfu", "memory/peak_memory_gib", "progress/tokens_seen"} <= set(
+        scalars[0]
+    )
+    start = next(r["run"] for r in records if r["type"] == "run")
+    assert start["run_id"] == (run / "wandb_run_id.txt").read_text()
+    assert start["config"]["update"]["train"]["steps"] == 2
+    (table,) = run.glob("wandb/offline-run-*/files/media/table/samples/*.json")
+    assert json.loads(table.read_text())["columns"] == ["step", "prompt", "text"]
+
+    first = run.joinpath("wandb").rename(tmp_path / "first")
+    assert first.exists()
+    train_on(1, overrides(tmp_path, *options, "train.steps=4"))
+    again = read_offline_run(run)
+    assert next(r["run"] for r in again if r["type"] == "run")["run_id"] == start["run_id"]
+    steps = [r["history"]["item"]["progress/step"] for r in again if r["type"] == "history"]
+    assert steps == [3, 4, 4]  # two losses and the samples
