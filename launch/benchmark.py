@@ -68,7 +68,7 @@ def loss(rounds: int) -> None:
             def measure(name: str = name, tokens: int = tokens) -> tuple[int, float, float]:
                 generator = torch.Generator().manual_seed(0)
                 hidden = torch.randn(tokens, width, generator=generator).requires_grad_()
-                weight = (torch.randn(vocab, width, generator=generator) * 0.1).requires_grad_()
+                weight = torch.randn(vocab, width, generator=generator).mul_(0.1).requires_grad_()
                 labels = torch.randint(0, vocab, (tokens,), generator=generator)
                 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
                 start = time.perf_counter()

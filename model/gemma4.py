@@ -79,7 +79,7 @@ class Gemma4(nn.Module):
         rows = None if supervised is None else supervised.flatten().nonzero()[:, 0]
 
         tokens_T = tokens_BS.flatten()
-        x_TD = scaled_embedding(tokens_T, text.embed_tokens)
+        x_TD = scaled_embedding(tokens_T, text.embed_tokens, config.hidden_size)
         per_layer = None
         if config.hidden_size_per_layer_input:
             per_layer = per_layer_inputs(

@@ -27,7 +27,7 @@ def per_layer_inputs(
     `x_TD` is the embedded stream after media were scattered in.
     """
     width = norm.dim
-    token_TLP = (table(tokens_T) * width**0.5).unflatten(-1, (num_layers, width))
+    token_TLP = scaled_embedding(tokens_T, table, width).unflatten(-1, (num_layers, width))
     if supervised is None:
         first_supervised_layer = num_layers
     split = (first_supervised_layer, num_layers - first_supervised_layer)
@@ -45,8 +45,7 @@ def per_layer_inputs(
     return tuple(parts)
 
 
-def scaled_embedding(tokens_T: Tensor, table: nn.Embedding) -> Tensor:
-    """Token rows times sqrt(D), the factor rounded to the table's dtype first."""
+def scaled_embedding(tokens_T: Tensor, table: nn.Embedding, width: int) -> Tensor:
+    """Rows of the table times sqrt(width), the factor rounded to the table's dtype first."""
     rows = table(tokens_T)
-    scale = torch.tensor(rows.shape[-1] ** 0.5, dtype=rows.dtype, device=rows.device)
-    return rows * scale
+    return rows * torch.tensor(width**0.5, dtype=rows.dtype).item()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -52,6 +53,8 @@ class Trainer:
             config.train.global_batch_size, config.train.micro_batch_size, world.size
         )
         self.dtype = _compute_dtype(config.run.dtype, device)
+        if config.run.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(config.run.deterministic)
         torch.backends.cudnn.benchmark = not config.run.deterministic
 

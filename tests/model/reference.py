@@ -116,6 +116,16 @@ def perturbed_reference(config: Gemma4Config, seed: int) -> Gemma4ForCausalLM:
     return model
 
 
+def to_bfloat16(reference: Gemma4ForCausalLM) -> Gemma4ForCausalLM:
+    """As `from_pretrained(dtype=bfloat16)` leaves it: rotary frequencies stay float32, which `.bfloat16()` rounds."""
+    kept = {name: buffer.clone() for name, buffer in reference.named_buffers() if "inv_freq" in name}
+    reference.bfloat16()
+    for name, buffer in kept.items():
+        module, _, attribute = name.rpartition(".")
+        setattr(reference.get_submodule(module), attribute, buffer)
+    return reference
+
+
 def ours_from(reference: Gemma4ForCausalLM, config: Gemma4Config) -> Gemma4:
     """Our model with the reference's weights; every tensor must find its place."""
     model = Gemma4(config)
