@@ -67,19 +67,31 @@ def test_logits_and_gradients_equal_the_reference(family: str, seed: int) -> Non
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_logits_equal_the_reference(family: str, seed: int) -> None:
-    """Bit for bit, but for the experts, whose outputs the reference adds up in bfloat16 and we in float32."""
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "26b_a4b"])
+def test_bfloat16_logits_equal_the_reference_bit_for_bit(family: str, seed: int) -> None:
     config = random_config(family, seed)
-    exact = perturbed_reference(config, seed)
-    ours = ours_from(exact, config).bfloat16()
+    ours = ours_from(perturbed_reference(config, seed), config).bfloat16()
     reference = to_bfloat16(perturbed_reference(config, seed))
     tokens = torch.randint(0, config.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        found = ours.logits(ours(tokens))
-        expected = reference(tokens, use_cache=False).logits
-        truth = exact(tokens, use_cache=False).logits
-    if config.enable_moe_block:
-        assert (found - truth).abs().mean() < 1.2 * (expected - truth).abs().mean()
-    else:
-        assert torch.equal(found, expected)
+        assert torch.equal(ours.logits(ours(tokens)), reference(tokens, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bfloat16_experts_are_nearer_the_truth_than_the_reference(seed: int) -> None:
+    """The reference adds a token's experts up in bfloat16, we in float32; routing is the same, bit for bit."""
+    config = random_config("26b_a4b", seed)
+    exact = perturbed_reference(config, seed).model.layers[0]
+    ours = ours_from(perturbed_reference(config, seed), config).bfloat16().language_model.layers[0]
+    reference = to_bfloat16(perturbed_reference(config, seed)).model.layers[0]
+    x = torch.randn(500, config.hidden_size, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    with torch.no_grad():
+        weights, indices = ours.router(x)
+        _, reference_weights, reference_indices = reference.router(x)
+        assert torch.equal(weights, reference_weights) and torch.equal(indices, reference_indices)
+        for tensor, other in zip(exact.experts.parameters(), reference.experts.parameters(), strict=True):
+            tensor.copy_(other)
+        truth = exact.experts(x.float(), indices, weights)
+        found = (ours.experts(x, weights, indices) - truth).norm()
+        assert found < (reference.experts(x, indices, weights) - truth).norm()
+        assert found / truth.norm() < 5e-3
