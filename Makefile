@@ -13,7 +13,7 @@ setup: .venv/.installed
 	touch $@
 
 train: setup
-	$(BIN)/torchrun --nproc 2 train/main.py run.dir=runs/demo
+	$(BIN)/torchrun --nproc 2 train/main.py run.device=cpu run.dir=runs/demo
 
 test: setup lint
 	$(BIN)/python -m pytest

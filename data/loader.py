@@ -6,6 +6,7 @@ step, dealt to ranks and micro-batches by index, so any mesh may go on from any 
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 from torch.utils.data import Dataset, Sampler
@@ -52,5 +53,12 @@ def build_loader(dataset: Dataset[Batch], sampler: StepSampler, workers: int) ->
         num_workers=workers,
         collate_fn=collate,
         prefetch_factor=4 if workers else None,
-        persistent_workers=False,
+        worker_init_fn=_ignore_stop_signals,
+        snapshot_every_n_steps=1 << 30,  # the state is the sequence number, which the trainer keeps
     )
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """A launcher signals a whole process group; workers must live until the trainer has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

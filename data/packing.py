@@ -61,7 +61,7 @@ class PackedDataset(Dataset[Batch]):
             offset = (first + filled) % self.tokens_per_epoch  # wraps if the corpus is shorter than a sequence
             place = int(np.searchsorted(epoch.ends, offset, side="right"))
             document = int(epoch.documents[place])
-            start = offset - int(epoch.ends[place] - self.shard.lengths[document])
+            start = offset - int(epoch.ends[place] - self.shard.length(document))
             piece = self.shard.document(document, start, start + length - filled + 1)
             taken = min(len(piece), length - filled)
             rows = slice(filled, filled + taken)

@@ -21,7 +21,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from data.shards import TokenShard, write_shard
-from data.sources import PYTHON_STDLIB, read_documents, source_files
+from data.sources import PYTHON_STDLIB, SourceError, read_documents, source_files
 from data.tokenizer import BOS, EOS, load_tokenizer, train_tokenizer
 from model.errors import UserError
 
@@ -54,6 +54,7 @@ def prepare(source: str, tokenizer: Path | None, vocab_size: int, cache: Path | 
         aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
         try:
             _make(aside, files, tokenizer, vocab_size)
+            aside.chmod(0o755)  # others may share the cache; temporary folders are private
             aside.rename(folder)
         except OSError:
             if not folder.exists():
@@ -64,6 +65,8 @@ def prepare(source: str, tokenizer: Path | None, vocab_size: int, cache: Path | 
 
 
 def _make(folder: Path, files: list[Path], tokenizer_path: Path | None, vocab_size: int) -> None:
+    if next(read_documents(files), None) is None:
+        raise SourceError(f"the {len(files)} files of data.source hold no text; give files with at least one document.")
     if tokenizer_path is None:
         tokenizer = train_tokenizer(read_documents(files), vocab_size)
     else:

@@ -44,11 +44,11 @@ class TokenShard:
             meta = json.loads((folder / _META).read_text())
             self.offsets: NDArray[np.int64] = np.load(folder / _OFFSETS)
             self.tokens = np.memmap(folder / _TOKENS, dtype=meta["dtype"], mode="r")
-        except (OSError, ValueError, KeyError) as error:
+            self.vocab_size: int = meta["vocab_size"]
+        except (OSError, EOFError, ValueError, KeyError) as error:
             raise ShardError(
                 f"corpus {folder} cannot be read ({error}); delete the folder to prepare it again."
             ) from None
-        self.vocab_size: int = meta["vocab_size"]
         if len(self.tokens) != meta["tokens"] or self.offsets[-1] != meta["tokens"]:
             raise ShardError(
                 f"corpus {folder} has {len(self.tokens)} tokens where its meta.json says {meta['tokens']}; "
@@ -58,6 +58,9 @@ class TokenShard:
     @property
     def num_documents(self) -> int:
         return len(self.offsets) - 1
+
+    def length(self, document: int) -> int:
+        return int(self.offsets[document + 1] - self.offsets[document])
 
     @property
     def lengths(self) -> NDArray[np.int64]:

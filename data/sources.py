@@ -64,7 +64,7 @@ def read_documents(files: list[Path]) -> Iterator[str]:
             if text.strip():
                 yield text
             continue
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8", errors="replace") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
@@ -74,4 +74,6 @@ def read_documents(files: list[Path]) -> Iterator[str]:
                     raise SourceError(
                         f'{path}:{number} is not a JSON object with a "text" string ({error}); mend or drop the line.'
                     ) from None
+                if not isinstance(text, str):
+                    raise SourceError(f'{path}:{number} has a "text" that is no string; mend or drop the line.')
                 yield text

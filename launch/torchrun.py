@@ -3,8 +3,8 @@
     torchrun --nproc 8 train/main.py +variant=31b
     torchrun --nnodes 2 --nproc-per-node 8 ... train/main.py
 
-Everything else is torch's. When a worker fails it has said why itself; the launcher adds a
-line only when a signal killed it, in place of torch's report.
+Everything else is torch's. A worker that fails says why itself; the launcher adds a line only
+when a signal killed it, in place of torch's report.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, run
 
+_SHUTDOWN_SECONDS = 300  # what workers get, told to stop, to write a checkpoint; torch gives 30
+
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = get_args_parser()
+    parser.set_defaults(shutdown_timeout=_SHUTDOWN_SECONDS)
     parser.add_argument("--nproc", dest="nproc_per_node", type=str, default=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

@@ -105,7 +105,10 @@ def _probabilities(q: Tensor, k: Tensor, block: Block, mask: AttentionMask) -> T
 
 @cache
 def _compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=True)
+    # One graph per head width, dtype, batch of one or more, and with or without gradients: more than the default
+    # limit of 8, past which torch would go on uncompiled and hold the scores of a whole layer.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def flex(q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> Tensor:
@@ -114,7 +117,9 @@ def flex(q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> 
 
 def flex_over(kernel: Callable[..., Any], q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> Tensor:
     """Pad the queries of each row to one length, run a flex kernel, and take the real rows back out."""
-    index_BQ, real_BQ = mask.padded_queries
-    q, k, v = q_TNH[index_BQ].transpose(1, 2), k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2)
-    out_BNQH = kernel(q, k, v, block_mask=mask.block_mask, scale=1.0, enable_gqa=True)
-    return out_BNQH.transpose(1, 2)[real_BQ]
+    k, v = k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2)
+    padding = mask.padding
+    q_BQNH = q_TNH.unflatten(0, (mask.num_rows, -1)) if padding is None else q_TNH[padding.index_BQ]
+    out_BNQH = kernel(q_BQNH.transpose(1, 2), k, v, block_mask=mask.block_mask, scale=1.0, enable_gqa=True)
+    out_TNH = out_BNQH.transpose(1, 2).flatten(0, 1)
+    return out_TNH if padding is None else out_TNH[padding.real_T]

@@ -15,6 +15,18 @@ from model.errors import UserError, nearest
 LayerType = Literal["sliding_attention", "full_attention"]
 
 
+_AT_LEAST_ONE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "sliding_window",
+    "sliding_window_pattern",
+    "max_position_embeddings",
+)
+
+
 class ConfigError(UserError):
     """A config that cannot work."""
 
@@ -87,21 +99,18 @@ class Gemma4Config:
             value = getattr(self, field.name)
             if isinstance(value, int) and not isinstance(value, bool) and value < 0:
                 raise ConfigError(f"model.{field.name}={value} is negative; sizes start at 1.")
-        for name in (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "sliding_window",
-            "vocab_size",
-        ):
+        for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name}={getattr(self, name)} must be at least 1.")
+        for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+            if getattr(self, name) >= self.vocab_size:
+                raise ConfigError(f"model.{name}={getattr(self, name)} lies outside vocab_size={self.vocab_size}.")
         for name in ("num_key_value_heads", "num_global_key_value_heads"):
             kv_heads = getattr(self, name)
             if kv_heads is not None and (kv_heads < 1 or self.num_attention_heads % kv_heads):
                 raise ConfigError(
                     f"model.{name}={kv_heads} does not divide num_attention_heads={self.num_attention_heads}; "
-                    f"legal here: {_divisors(self.num_attention_heads)}."
+                    f"legal here: {divisors(self.num_attention_heads)}."
                 )
         for name in ("head_dim", "global_head_dim"):
             if getattr(self, name) % 2 or getattr(self, name) < 2:
@@ -175,7 +184,8 @@ class Gemma4Config:
         return dataclasses.replace(self, **overrides)
 
 
-def _divisors(n: int) -> str:
+def divisors(n: int) -> str:
+    """The divisors of n as text, for error messages."""
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 

@@ -77,8 +77,8 @@ class DecoderLayer(nn.Module):
         shared: KeyValue | None = None,
         queries: Tensor | None = None,
         store: KeyValueStore | None = None,
-    ) -> tuple[Tensor, KeyValue]:
-        """New stream at the query positions, and the keys and values made (or passed on).
+    ) -> tuple[Tensor, KeyValue | None]:
+        """New stream at the query positions, and the keys and values made; None from a consumer.
 
         `queries` are rows of x to go on with after keys and values were made of all;
         `per_layer_input_TP` holds the query rows only.
@@ -98,7 +98,7 @@ class DecoderLayer(nn.Module):
         if per_layer_input_TP is not None:
             gate = F.gelu(self.per_layer_input_gate(x_TD), approximate="tanh")
             x_TD = x_TD + self.post_per_layer_input_norm(self.per_layer_projection(gate * per_layer_input_TP))
-        return x_TD * self.layer_scalar.to(x_TD.dtype), key_value
+        return x_TD * self.layer_scalar.to(x_TD.dtype), key_value if shared is None else None
 
     def _feed_forward(self, x_TD: Tensor) -> Tensor:
         dense = self.mlp(self.pre_feedforward_layernorm(x_TD))
@@ -136,5 +136,6 @@ def decode(
             supervised if narrowed and index == first_kv_shared_layer - 1 else None,
             store,
         )
-        shared[config.type] = key_value
+        if key_value is not None:
+            shared[config.type] = key_value
     return x_TD

@@ -123,7 +123,7 @@ class Gemma4(nn.Module):
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Initialise in place (architecture.md section 8); a function of the generator's seed alone."""
-        init_parameters(self, generator.initial_seed(), self.config.initializer_range)
+        init_parameters(self, generator.initial_seed(), self.config.initializer_range, self.config.pad_token_id)
 
     def _windows(self) -> Iterator[tuple[LayerType, int | None]]:
         for kind in dict.fromkeys(self.config.layer_types):

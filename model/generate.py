@@ -71,7 +71,8 @@ def generate(
             store=cache.store,
         )
         past += tokens.shape[1]
-        choice = sample(model.logits(hidden).float(), temperature, top_k, top_p, generator)
+        # On the CPU, where every operation has a deterministic form.
+        choice = sample(model.logits(hidden).float().cpu(), temperature, top_k, top_p, generator).to(device)
         produced.append(choice)
         done |= torch.isin(choice, stops)
         if bool(done.all()):

@@ -37,11 +37,11 @@ def linear_cross_entropy(
     """Sum of -log softmax(softcap(h W^T))[label], plus `z_loss` times the squared log-sum-exp.
 
     labels_T: [T] int64, all in [0, V); select supervised rows first. chunk_size: tokens per
-    chunk; by default as many as keep a buffer of [chunk, V] near 16 MiB on a CPU and 1 GiB on a
-    GPU, but at least 64.
+    chunk; by default as many as keep each of three buffers [chunk, V] near 16 MiB on a CPU and
+    256 MiB on a GPU, but at least 64.
     """
     if chunk_size is None:
-        budget = 1 << (22 if hidden_TD.device.type == "cpu" else 28)
+        budget = 1 << (22 if hidden_TD.device.type == "cpu" else 26)
         chunk_size = max(64, budget // weight_VD.shape[0])
     return CrossEntropy(*_LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, softcap, z_loss, chunk_size))
 

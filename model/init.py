@@ -14,10 +14,10 @@ from torch import Tensor, nn
 ELEMENTS_PER_BLOCK = 1 << 20
 
 
-def init_parameters(model: nn.Module, seed: int, std: float) -> None:
+def init_parameters(model: nn.Module, seed: int, std: float, padding_row: int) -> None:
     """Initialise whole parameters and persistent buffers in place."""
     for name, tensor in initialised_tensors(model):
-        init_slice_(tensor.data, name, tensor.shape, (0,) * tensor.dim(), seed, std)
+        init_slice_(tensor.data, name, tensor.shape, (0,) * tensor.dim(), seed, std, padding_row)
 
 
 def initialised_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -32,11 +32,13 @@ def initialised_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def init_slice_(local: Tensor, name: str, shape: torch.Size, offset: tuple[int, ...], seed: int, std: float) -> None:
+def init_slice_(
+    local: Tensor, name: str, shape: torch.Size, offset: tuple[int, ...], seed: int, std: float, padding_row: int
+) -> None:
     """Fill `local`, the slice at `offset` of a tensor of `shape`, in place.
 
     Norm weights, router scales and `layer_scalar` are 1; everything else is N(0, std) with a
-    zero row for the padding id in the two embedding tables.
+    zero `padding_row` in the two embedding tables.
     """
     if local.numel() == 0:
         return
@@ -56,5 +58,5 @@ def init_slice_(local: Tensor, name: str, shape: torch.Size, offset: tuple[int, 
         upto = min(stop, end)
         local[row - offset[0] : upto - offset[0]] = values[(slice(row - start, upto - start), *columns)]
         row = upto
-    if "embed_tokens" in name and offset[0] == 0:
-        local[0] = 0.0
+    if "embed_tokens" in name and offset[0] <= padding_row < end:
+        local[padding_row - offset[0]] = 0.0

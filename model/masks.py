@@ -30,6 +30,14 @@ class Block(NamedTuple):
     key_end: int
 
 
+class Padding(NamedTuple):
+    """`index_BQ`: query of each padded place (0 where none); `real_BQ`: which are real; `real_T`: their flat places."""
+
+    index_BQ: Tensor
+    real_BQ: Tensor
+    real_T: Tensor
+
+
 @dataclass(frozen=True)
 class AttentionMask:
     """Visible keys of T queries, in order of batch row.
@@ -76,37 +84,51 @@ class AttentionMask:
         return tuple(Block(*row) for row in table.tolist())
 
     @cached_property
-    def padded_queries(self) -> tuple[Tensor, Tensor]:
-        """Query indices padded to the same number per row, [B, Q], and a bool [B, Q] of the real ones."""
+    def padding(self) -> Padding | None:
+        """How to give every row the same number of queries; None if they have it already."""
         counts = torch.bincount(self.row_T, minlength=self.num_rows)
+        most = int(counts.max())
+        if most * self.num_rows == self.num_queries:
+            return None
         start = counts.cumsum(0) - counts
-        column = torch.arange(int(counts.max()) if self.num_queries else 0, device=counts.device)
-        real = column[None, :] < counts[:, None]
-        return torch.where(real, start[:, None] + column[None, :], 0), real
-
-    def dense(self) -> Tensor:
-        """Bool [T, num_keys]: True where the query may look."""
-        keys = torch.arange(self.num_keys, device=self.row_T.device)
-        return (keys >= self.first_key_T[:, None]) & (keys <= self.last_key_T[:, None])
+        column = torch.arange(most, device=counts.device)
+        real_BQ = column[None, :] < counts[:, None]
+        index_BQ = torch.where(real_BQ, start[:, None] + column[None, :], 0)
+        return Padding(index_BQ, real_BQ, real_BQ.flatten().nonzero()[:, 0])
 
     @cached_property
     def block_mask(self) -> BlockMask:
         """`mask_mod` as flex attention's block-sparse mask."""
-        index, _ = self.padded_queries
+        queries = self.num_queries // self.num_rows if self.padding is None else self.padding.index_BQ.shape[1]
+        device = self.row_T.device
         return create_block_mask(
-            self.mask_mod(), self.num_rows, None, index.shape[1], self.num_keys, device=str(self.row_T.device)
+            self.mask_mod(),
+            self.num_rows,
+            None,
+            queries,
+            self.num_keys,
+            device=str(device),
+            _compile=device.type == "cuda",  # uncompiled, it would hold the mask of every pair
         )
 
     def mask_mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """The same mask over `padded_queries`, in the form flex attention takes."""
-        index, real = self.padded_queries
-        first = torch.where(real, self.first_key_T[index], self.num_keys)
-        last = self.last_key_T[index]
+        """The same mask over the padded queries, in the form flex attention takes."""
+        if self.padding is None:
+            first, last = (t.unflatten(0, (self.num_rows, -1)) for t in (self.first_key_T, self.last_key_T))
+        else:
+            index = self.padding.index_BQ
+            first, last = self.first_key_T[index], self.last_key_T[index]
+            last = torch.where(self.padding.real_BQ, last, -1)
 
         def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return (k >= first[b, q]) & (k <= last[b, q])
 
         return visible
+
+    def dense(self) -> Tensor:
+        """Bool [T, num_keys]: True where the query may look."""
+        keys = torch.arange(self.num_keys, device=self.row_T.device)
+        return (keys >= self.first_key_T[:, None]) & (keys <= self.last_key_T[:, None])
 
 
 def attention_mask(

@@ -49,7 +49,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (slot,) = ctx.saved_tensors
-        return grad[slot].view(-1, ctx.top_k, grad.shape[-1]).sum(dim=1), None, None, None
+        return grad[slot].view(len(slot) // ctx.top_k, ctx.top_k, grad.shape[-1]).sum(dim=1), None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -79,12 +79,12 @@ class Experts(nn.Module):
     def forward(self, x_TD: Tensor, weights_Tk: Tensor, indices_Tk: Tensor) -> Tensor:
         num_tokens, top_k = indices_Tk.shape
         order = indices_Tk.flatten().argsort(stable=True)  # slots grouped by expert, tokens in order
-        counts = torch.bincount(indices_Tk.flatten(), minlength=self.gate_up_proj.shape[0])
-        offsets = counts.cumsum(0).to(torch.int32)
+        experts = torch.arange(self.gate_up_proj.shape[0], device=order.device)
+        offsets = torch.searchsorted(indices_Tk.flatten()[order], experts, right=True).to(torch.int32)
         slot = torch.empty_like(order)
         slot[order] = torch.arange(order.numel(), device=order.device)
         y = self.grouped(_Dispatch.apply(x_TD, order, slot, top_k), offsets)
-        y_TkD = _Combine.apply(y, order, slot).view(num_tokens, top_k, -1)
+        y_TkD = _Combine.apply(y, order, slot).view(num_tokens, top_k, x_TD.shape[-1])
         return (y_TkD * weights_Tk[..., None]).sum(dim=1).to(x_TD.dtype)
 
     def grouped(self, x: Tensor, offsets: Tensor) -> Tensor:

@@ -33,5 +33,5 @@ def build_parallel_model(
         reshard_after_forward=reshard_after_forward,
         cpu_offload=cpu_offload,
     )
-    initialise(model, torch.device("cpu") if cpu_offload else device, seed)
+    initialise(model, device, seed, offloaded=cpu_offload)
     return model

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from model.config import ConfigError
+from model.config import ConfigError, divisors
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,12 @@ class World:
     rank: int
     size: int
     local_rank: int
+    local_size: int
 
     @classmethod
     def from_environment(cls) -> World:
-        return cls(*(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+        defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        return cls(*(int(os.environ.get(name, default)) for name, default in defaults.items()))
 
 
 def data_parallel_sizes(world_size: int, dp_replicate: int, dp_shard: int) -> tuple[int, int]:
@@ -34,7 +36,7 @@ def data_parallel_sizes(world_size: int, dp_replicate: int, dp_shard: int) -> tu
         if world_size % dp_replicate:
             raise ConfigError(
                 f"parallel.dp_replicate={dp_replicate} does not divide the {world_size} ranks; "
-                f"legal here: {_divisors(world_size)}."
+                f"legal here: {divisors(world_size)}."
             )
         dp_shard = world_size // dp_replicate
     if dp_replicate * dp_shard != world_size:
@@ -65,7 +67,7 @@ def micro_batch_size(global_batch_size: int, wanted: int, num_ranks: int) -> int
 def init_process_group(world: World, device: torch.device) -> None:
     """Join the other processes; alone, form a group of one. CPU tensors always go over gloo."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "MASTER_ADDR" in os.environ:
+    if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -75,20 +77,16 @@ def build_mesh(device: torch.device, dp_replicate: int, dp_shard: int) -> Device
     return init_device_mesh(device.type, (dp_replicate, dp_shard), mesh_dim_names=("dp_replicate", "dp_shard"))
 
 
-def select_device(wanted: str, local_rank: int) -> torch.device:
-    """The device of a local rank. Raises `ConfigError` if there is no such device."""
+def select_device(wanted: str, world: World) -> torch.device:
+    """The device of this process. Raises `ConfigError`, on all ranks of a node alike, if there are not enough."""
     found = torch.cuda.device_count()
     if wanted == "cuda" or (wanted == "auto" and found):
-        if local_rank >= found:
+        if world.local_size > found:
             raise ConfigError(
-                f"local rank {local_rank} has no GPU: this machine shows {found}; "
-                f"{f'start at most {found} processes a node or ' if found else ''}set run.device=cpu."
+                f"{world.local_size} processes on this node, but it shows {found} GPUs; "
+                f"{f'start at most {found} or ' if found else ''}set run.device=cpu."
             )
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")
-
-
-def _divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

@@ -44,7 +44,7 @@ def _fork(rank: int, world_size: int, function: Callable[[World], Any], folder: 
     try:
         store = dist.FileStore(str(folder / "store"), world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-        status = True, function(World(rank, world_size, rank))
+        status = True, function(World(rank, world_size, rank, world_size))
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:

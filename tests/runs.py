@@ -29,6 +29,7 @@ SMALL = [
     "train.micro_batch_size=8",
     "train.sample_every=0",
     "checkpoint.every=0",
+    "run.device=cpu",
     "run.dtype=float32",
     # AdamW turns the rounding of a near-zero gradient into a step of this size: as large as real runs take.
     "optimizer.lr=5e-4",
@@ -57,7 +58,7 @@ def train_once(arguments: list[str], world: World) -> dict[str, Any]:
     """Train on this rank; whole parameters and the position reached."""
     trainer = Trainer(load_config(arguments), world, torch.device("cpu"))
     trainer.train()
-    return {"step": trainer.step, "parameters": whole_parameters(trainer.model)}
+    return {"step": trainer.progress.step, "parameters": whole_parameters(trainer.model)}
 
 
 def whole_parameters(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -16,6 +16,8 @@ import os
 import re
 import shutil
 import threading
+import time
+import uuid
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ from model.errors import UserError
 log = logging.getLogger("gemwright")
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "LATEST"
-_NAME = re.compile(r"step_(\d{8})")
+_NAME = re.compile(r"step_\d{8}")
+_VISIBLE_SECONDS = 10  # a network file system may show a new file late
 
 
 class CheckpointError(UserError):
@@ -59,14 +62,33 @@ class Checkpointer:
     """One run's checkpoints in an existing folder. All methods are collective unless they say otherwise."""
 
     def __init__(self, folder: Path, *, keep: int, asynchronous: bool) -> None:
+        """Raises `CheckpointError` if the ranks do not see one and the same folder."""
         self.folder, self.keep, self.asynchronous = folder, keep, asynchronous
         self.rank = dist.get_rank()
         self._group = dist.new_group(backend="gloo")
         self._pending: tuple[Path, _Background] | None = None
-        if self.rank == 0:
-            for leftover in folder.glob(".*.partial"):
+        self._require_shared_folder()
+        if self.rank == 0:  # what a killed save or prune left behind
+            for leftover in folder.glob(".step_*"):
                 shutil.rmtree(leftover)
         dist.barrier(self._group)
+
+    def _require_shared_folder(self) -> None:
+        token = self.folder / f".shared-{self._from_rank_0(uuid.uuid4().hex)}"
+        if self.rank == 0:
+            token.touch()
+        dist.barrier(self._group)
+        deadline = time.monotonic() + _VISIBLE_SECONDS
+        while not token.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        seen = self._from_all(token.exists())
+        if self.rank == 0:
+            token.unlink()
+        if not all(seen):
+            raise CheckpointError(
+                f"{self.folder} on rank 0 is not what rank {seen.index(False)} sees there; "
+                "put run.dir on a file system that all nodes share."
+            )
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Write a checkpoint; asynchronous ones are committed by a later `commit`.
@@ -106,9 +128,8 @@ class Checkpointer:
         partial, background = self._pending
         self._pending = None
         background.thread.join()
-        reports: list[Any] = [None] * dist.get_world_size()
         failure = None if background.error is None else _root_cause(background.error)
-        dist.all_gather_object(reports, (background.files, failure), group=self._group)
+        reports = self._from_all((background.files, failure))
         failure = next((f for _, f in reports if f is not None), None)
         if failure is None and self.rank == 0:
             files = {name: entry for own, _ in reports for name, entry in own.items()}
@@ -116,29 +137,40 @@ class Checkpointer:
                 self._publish(partial, files)
             except OSError as error:
                 failure = str(error)
-        if self._first(failure) is not None:
-            raise self._failure(partial, RuntimeError(self._first(failure)))
+        failure = self._from_rank_0(failure)
+        if failure is not None:
+            raise self._failure(partial, RuntimeError(failure))
 
-    def _first(self, failure: str | None) -> str | None:
-        """Rank 0's word on what happened."""
-        box = [failure]
+    def _from_rank_0(self, value: Any) -> Any:
+        box = [value]
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
+    def _from_all(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
     def _publish(self, partial: Path, files: dict[str, Any]) -> None:
+        """On rank 0. A kill between any two lines leaves every committed checkpoint as it was."""
         _write(partial / MANIFEST, json.dumps({"files": files}, indent=1))
         _sync(partial)
         final = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
-        if final.exists():  # damaged, or it would not have been written again
-            shutil.rmtree(final)
+        if final.exists():  # a damaged one, or it would have been gone on from
+            final.rename(final.with_name(f".{final.name}.replaced"))
         partial.rename(final)
         _sync(self.folder)
-        _write(self.folder / f".{LATEST}", final.name)
+        self._settle(final)
+
+    def _settle(self, newest: Path) -> None:
+        """On rank 0: point LATEST at the newest whole checkpoint and let go of old ones; safe to do again."""
+        _write(self.folder / f".{LATEST}", newest.name)
         os.replace(self.folder / f".{LATEST}", self.folder / LATEST)
         _sync(self.folder)
-        for old in _complete(self.folder)[: -self.keep]:
-            (old / MANIFEST).unlink()  # from here on it does not count, even half deleted
-            shutil.rmtree(old)
+        for old in [p for p in _complete(self.folder) if p <= newest][: -self.keep]:
+            old.rename(old.with_name(f".{old.name}.old"))
+        for gone in self.folder.glob(".step_*"):
+            shutil.rmtree(gone)
 
     def _failure(self, partial: Path, error: BaseException) -> CheckpointError:
         if self.rank == 0:
@@ -155,10 +187,12 @@ class Checkpointer:
 
         Raises `CheckpointError` if there are checkpoints and all are damaged: a fresh start would bury them.
         """
-        found = _complete(self.folder)
+        found = self._from_rank_0(_complete(self.folder))  # listings may differ between nodes for a moment
         for folder in reversed(found):
-            damage = self._verify(folder)
+            damage = self._damage(folder)
             if damage is None:
+                if self.rank == 0:
+                    self._settle(folder)  # a kill may have come between a checkpoint and what follows it
                 return folder
             log.warning("checkpoint %s is damaged (%s); trying the one before", folder.name, damage)
         if found:
@@ -167,22 +201,25 @@ class Checkpointer:
             )
         return None
 
-    def load(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Load tensors in place and return the saved state. Raises `CheckpointError` naming damaged files."""
-        damage = self._verify(folder)
+    def verified(self, folder: Path) -> Path:
+        """The folder itself. Raises `CheckpointError` naming the damage if it is no whole checkpoint."""
+        read_state(folder)
+        damage = self._damage(folder)
         if damage is not None:
             raise CheckpointError(f"checkpoint {folder} is damaged ({damage}); give another, or run.resume=auto.")
+        return folder
+
+    def load(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Load the tensors of a verified checkpoint in place and return the state saved beside them."""
         tensors = _tensors(model, optimizer)
         dcp.load(tensors, checkpoint_id=folder, process_group=self._group)
         set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
         return read_state(folder)
 
-    def _verify(self, folder: Path) -> str | None:
+    def _damage(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint, or None. Each rank checks its share of the files."""
-        found = _damage(folder, part=self.rank, parts=dist.get_world_size())
-        reports: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(reports, found, group=self._group)
-        return next((report for report in reports if report), None)
+        found = self._from_all(_damage(folder, part=self.rank, parts=dist.get_world_size()))
+        return next((damage for damage in found if damage), None)
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -205,7 +242,7 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step_*") if _NAME.fullmatch(p.name) and (p / MANIFEST).exists())
 
 
-def _damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+def _damage(folder: Path, part: int, parts: int) -> str | None:
     """The first file that disagrees with the manifest, among every `parts`-th one."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]

@@ -176,6 +176,10 @@ CHOICES = {
     "trackers.wandb.mode": ("disabled", "offline", "online"),
 }
 _AT_LEAST = {
+    "run.seed": 0,
+    "optimizer.lr": 0,
+    "optimizer.weight_decay": 0,
+    "train.z_loss": 0,
     "train.steps": 1,
     "train.global_batch_size": 1,
     "train.micro_batch_size": 1,
@@ -313,6 +317,17 @@ def _validate(config: Config) -> None:
         )
     if not 0.0 <= schedule.final_lr_ratio <= 1.0:
         raise ConfigError(f"schedule.final_lr_ratio={schedule.final_lr_ratio} lies outside 0 to 1.")
+    for key in ("optimizer.beta1", "optimizer.beta2"):
+        if not 0.0 <= get(config, key) < 1.0:
+            raise ConfigError(f"{key}={get(config, key)} lies outside 0 to 1 (1 excluded).")
+    if config.optimizer.eps <= 0:
+        raise ConfigError(f"optimizer.eps={config.optimizer.eps} must be above 0; usual: 1e-8.")
+    if config.train.max_grad_norm <= 0:
+        raise ConfigError(
+            f"train.max_grad_norm={config.train.max_grad_norm} zeroes every gradient; for no clipping set it to inf."
+        )
+    if config.train.sample_every and not config.train.sample_prompts:
+        raise ConfigError("train.sample_prompts is empty; give one, or set train.sample_every=0.")
     if config.data.tokenizer is None and config.data.tokenizer_vocab_size > model.vocab_size:
         raise ConfigError(
             f"data.tokenizer_vocab_size={config.data.tokenizer_vocab_size} exceeds model.vocab_size; "

@@ -23,6 +23,7 @@ import traceback
 import warnings
 from typing import NoReturn
 
+import torch
 import torch.distributed as dist
 
 from model import UserError
@@ -40,7 +41,7 @@ def _leave(world: World, message: str) -> NoReturn:
     """
     try:
         first = dist.distributed_c10d._get_default_store().add("gemwright/error", 1) == 1
-    except RuntimeError:  # the rank that kept the store is gone
+    except (RuntimeError, ValueError):  # no process group yet, or the rank that kept its store is gone
         first = True
     if first:
         where = f" (rank {world.rank})" if world.rank else ""
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         config = load_config(overrides)
-        device = select_device(config.run.device, world.local_rank)
+        device = select_device(config.run.device, world)
         data_parallel_sizes(world.size, config.parallel.dp_replicate, config.parallel.dp_shard)
         micro_batch_size(config.train.global_batch_size, config.train.micro_batch_size, world.size)
     except UserError as error:
@@ -73,11 +74,17 @@ def main(arguments: list[str] | None = None) -> int:
 
     from train.trainer import Trainer
 
-    init_process_group(world, device)
     try:
+        init_process_group(world, device)
         Trainer(config, world, device).train()
     except UserError as error:
         _leave(world, str(error))
+    except torch.OutOfMemoryError as error:
+        _leave(
+            world,
+            f"out of GPU memory ({str(error).split('. ')[0]}); lower train.micro_batch_size or data.sequence_length, "
+            "set activation_checkpoint.mode=full, or take more ranks.",
+        )
     except OSError as error:
         _leave(world, f"{error}; mend it and start again: the run goes on from its last checkpoint.")
     except RuntimeError as error:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 def write_loss_curve(folder: Path) -> Path | None:
     """Draw `metrics.jsonl` into `loss.png`; None if fewer than two steps were logged."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = folder / "metrics.jsonl"
+    records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     if len(records) < 2:
         return None
     import matplotlib

@@ -14,16 +14,23 @@ from model.generate import generate
 
 
 def write_samples(
-    model: Gemma4, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int, seed: int, step: int
+    model: Gemma4,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    max_new_tokens: int,
+    *,
+    device: torch.device,
+    seed: int,
+    step: int,
 ) -> list[dict[str, Any]]:
     """One continuation per prompt; a function of (weights, seed, step). Every rank must call it."""
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     encoded = [[BOS, *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in prompts]
-    texts = generate(model, encoded, max_new_tokens, stop=[EOS], generator=generator, device=device)
+    # Each step is collective: no rank may stop early on its own view of the text, so ends are cut off afterwards.
+    texts = generate(model, encoded, max_new_tokens, generator=generator, device=device)
     if isinstance(model, FSDPModule):
         model.reshard()  # a forward without a backward leaves the root gathered
     return [
-        {"step": step, "prompt": prompt, "text": tokenizer.decode(text)}
+        {"step": step, "prompt": prompt, "text": tokenizer.decode(text[: text.index(EOS)] if EOS in text else text)}
         for prompt, text in zip(prompts, texts, strict=True)
     ]

@@ -8,6 +8,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from model import ConfigError
 from train.config import Config, WandbConfig
 
 _GROUPS = {
@@ -41,37 +42,49 @@ class WandbTracker:
 
     def __init__(self, config: Config, folder: Path) -> None:
         import wandb
-        from omegaconf import OmegaConf
 
         options: WandbConfig = config.trackers.wandb
         id_file = folder / "wandb_run_id.txt"
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:8])
         self._wandb = wandb
-        self._run = wandb.init(
-            id=id_file.read_text().strip(),
+        try:
+            self._run = self._start(config, options, folder, id_file.read_text().strip())
+        except (wandb.errors.UsageError, wandb.errors.CommError) as error:
+            raise ConfigError(
+                f"W&B did not start ({str(error).splitlines()[0]}); log in with `wandb login`, "
+                "or set trackers.wandb.mode=offline."
+            ) from None
+        # The step is a value of its own: a resumed run may log a step again, which W&B's counter forbids.
+        self._run.define_metric("progress/step")
+        self._run.define_metric("*", step_metric="progress/step")
+        samples = folder / "samples.jsonl"
+        self._rows = [_row(json.loads(line)) for line in samples.read_text().splitlines()] if samples.exists() else []
+
+    def _start(self, config: Config, options: WandbConfig, folder: Path, run_id: str) -> Any:
+        from omegaconf import OmegaConf
+
+        wandb = self._wandb
+        return wandb.init(
+            id=run_id,
             resume="allow",
-            mode=options.mode,  # type: ignore[arg-type]
+            mode=options.mode,
             project=options.project,
             entity=options.entity,
             name=options.name or folder.name,
             group=options.group,
             tags=options.tags,
             dir=folder,
-            config=OmegaConf.to_container(OmegaConf.structured(config)),  # type: ignore[arg-type]
+            config=OmegaConf.to_container(OmegaConf.structured(config)),
             settings=wandb.Settings(console="off"),
         )
-        # The step is a value of its own: a resumed run may log a step again, which W&B's counter forbids.
-        self._run.define_metric("progress/step")
-        self._run.define_metric("*", step_metric="progress/step")
-        self._rows: list[list[Any]] = []
 
     def log(self, metrics: dict[str, Any]) -> None:
         named = {f"{_group(name)}/{name}": value for name, value in metrics.items() if name != "step"}
         self._run.log({"progress/step": metrics["step"], **named})
 
     def log_samples(self, samples: list[dict[str, Any]]) -> None:
-        self._rows += [[s["step"], s["prompt"], s["text"]] for s in samples]
+        self._rows += [_row(sample) for sample in samples]
         table = self._wandb.Table(columns=["step", "prompt", "text"], data=self._rows)
         self._run.log({"progress/step": samples[0]["step"], "samples/text": table})
 
@@ -87,6 +100,10 @@ def build_trackers(config: Config, folder: Path, first_step: int) -> list[Tracke
     if config.trackers.wandb.mode != "disabled":
         trackers.append(WandbTracker(config, folder))
     return trackers
+
+
+def _row(sample: dict[str, Any]) -> list[Any]:
+    return [sample["step"], sample["prompt"], sample["text"]]
 
 
 def _group(name: str) -> str:

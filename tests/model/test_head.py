@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import resource
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from launch.benchmark import in_a_process
 from model.head import linear_cross_entropy, softcapped_logits
 from tests.report import report
 
@@ -53,10 +53,9 @@ def test_no_tokens_is_a_loss_of_zero_with_zero_gradients() -> None:
 
 
 def _peak_growth(tokens: int, fused: bool) -> int:
-    """Bytes by which forward and backward raise this machine's peak, measured in a process of its own."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
+    """Bytes by which forward and backward raise the peak of a process of their own."""
+
+    def measure() -> int:
         hidden = torch.randn(tokens, 64, requires_grad=True)
         weight = torch.randn(262_144, 64, requires_grad=True)
         labels = torch.randint(0, 262_144, (tokens,))
@@ -65,14 +64,9 @@ def _peak_growth(tokens: int, fused: bool) -> int:
             linear_cross_entropy(hidden, weight, labels, softcap=CAP).total.backward()
         else:
             F.cross_entropy(softcapped_logits(hidden @ weight.T, CAP), labels, reduction="sum").backward()
-        os.write(write, str((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024).encode())
-        os._exit(0)
-    os.close(write)
-    grown = int(os.read(read, 64) or -1)
-    os.close(read)
-    os.waitpid(child, 0)
-    assert grown >= 0, "the measuring process died"
-    return grown
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+    return in_a_process(measure)
 
 
 def test_the_logits_of_the_batch_never_exist() -> None:

@@ -28,8 +28,9 @@ def test_logits_and_gradients_equal_the_reference(family: str, seed: int) -> Non
     reference = perturbed_reference(config, seed)
     ours = ours_from(reference, config)
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, config.vocab_size, (2, LENGTH), generator=generator)
-    labels = torch.randint(0, config.vocab_size, (2, LENGTH), generator=generator)
+    length = LENGTH if seed else 5 * LENGTH  # several blocks of the attention kernel
+    tokens = torch.randint(0, config.vocab_size, (2, length), generator=generator)
+    labels = torch.randint(0, config.vocab_size, (2, length), generator=generator)
     few = torch.full_like(labels, -100)
     few[0, 7], few[1, -3:] = labels[0, 7], labels[1, -3:]
 
@@ -52,6 +53,7 @@ def test_logits_and_gradients_equal_the_reference(family: str, seed: int) -> Non
                 "family": family,
                 "seed": seed,
                 "supervised": kind,
+                "length": length,
                 "window": config.sliding_window,
                 "max |dlogit|": f"{logit_error:.1e}",
                 "its fp32-fp64": f"{logit_floor:.1e}",

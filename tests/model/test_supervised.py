@@ -84,8 +84,9 @@ def test_gradients_of_shared_keys_and_values_survive_recomputation(family: str, 
         assert expected[f"language_model.layers.{producer}.self_attn.k_proj.weight"].norm() > 0
 
 
-def test_no_supervised_position_gives_no_output_and_zero_gradients() -> None:
-    config = random_config("e2b", 4)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_supervised_position_gives_no_output_and_zero_gradients(family: str) -> None:
+    config = random_config(family, 4)
     ours = ours_from(perturbed_reference(config, 4), config)
     tokens = torch.ones(1, 12, dtype=torch.long)
     hidden = ours(tokens, supervised=torch.zeros(1, 12, dtype=torch.bool))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -12,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+import train.checkpoint
+from model import UserError
 from parallel.mesh import World
 from tests.distributed import run_ranks
-from tests.runs import losses, overrides, train_on, train_once
+from tests.runs import losses, overrides, records, train_on, train_once
 from train.checkpoint import CheckpointError
 from train.config import load_config
 from train.trainer import Trainer
@@ -124,25 +128,133 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(tmp_path: Pa
     assert (run / "checkpoints" / "LATEST").read_text() == "step_00000009"
 
 
-def test_another_model_is_refused(tmp_path: Path) -> None:
-    train_on(1, overrides(tmp_path, *STEPS))
+def refused(arguments: list[str], ranks: int = 1) -> str:
+    """The one line with which a run is refused before its first step."""
 
-    def resume(world: World) -> str:
-        with pytest.raises(ValueError) as caught:
-            Trainer(load_config(overrides(tmp_path, *STEPS, "model.hidden_size=32")), world, torch.device("cpu"))
+    def start(world: World) -> str:
+        with pytest.raises(UserError) as caught:
+            Trainer(load_config(arguments), world, torch.device("cpu"))
         return str(caught.value)
 
-    assert "model.hidden_size=64, this run 32" in run_ranks(1, resume)[0]
+    return run_ranks(ranks, start)[0]
+
+
+def test_another_model_or_tokenizer_is_refused(tmp_path: Path) -> None:
+    train_on(1, overrides(tmp_path, *STEPS))
+    assert "model.hidden_size=64, this run 32" in refused(overrides(tmp_path, *STEPS, "model.hidden_size=32"))
+    message = refused(overrides(tmp_path, *STEPS, "data.tokenizer_vocab_size=410"))
+    assert "another tokenizer" in message and "tokenizer.json" in message
+    tokenizer = f"data.tokenizer={tmp_path / 'run' / 'tokenizer.json'}"
+    assert train_on(1, overrides(tmp_path, *STEPS, tokenizer, "train.steps=7"))
+
+
+def test_other_data_starts_its_own_index(tmp_path: Path) -> None:
+    train_on(1, overrides(tmp_path, *STEPS))
+
+    def resume(world: World) -> int:
+        arguments = overrides(tmp_path, *STEPS, "train.steps=8", "data.sequence_length=24")
+        trainer = Trainer(load_config(arguments), world, torch.device("cpu"))
+        assert trainer.progress.step == 6
+        return trainer.progress.sequences_seen
+
+    assert run_ranks(1, resume) == [0]
 
 
 def test_never_resuming_does_not_bury_another_run(tmp_path: Path) -> None:
     train_on(1, overrides(tmp_path, *STEPS))
-
-    def start(world: World) -> str:
-        with pytest.raises(ValueError) as caught:
-            Trainer(load_config(overrides(tmp_path, *STEPS, "run.resume=never")), world, torch.device("cpu"))
-        return str(caught.value)
-
-    assert "holds checkpoints of another run" in run_ranks(1, start)[0]
+    assert "holds checkpoints of another run" in refused(overrides(tmp_path, *STEPS, "run.resume=never"))
     shutil.rmtree(tmp_path / "run")
     assert train_on(1, overrides(tmp_path, *STEPS, "run.resume=never"))
+
+
+def test_a_folder_to_resume_from_is_where_a_run_starts_and_nothing_is_buried(tmp_path: Path) -> None:
+    train_on(1, overrides(tmp_path, *STEPS, "checkpoint.every=2", "checkpoint.keep=9"))
+    earlier = tmp_path / "run" / "checkpoints" / "step_00000002"
+    resume = f"run.resume={earlier}"
+    assert "would bury the later step_00000006" in refused(overrides(tmp_path, *STEPS, resume))
+    branch = overrides(tmp_path, *STEPS, resume, "train.steps=4", run="branch")
+    train_on(1, branch)
+    assert [r["step"] for r in records(tmp_path / "branch")] == [3, 4]
+    train_on(1, [*branch, "train.steps=5"])  # the same command again goes on from the branch
+    assert [r["step"] for r in records(tmp_path / "branch")] == [3, 4, 5]
+    assert names(tmp_path / "run") == ["LATEST", "step_00000002", "step_00000004", "step_00000006"]
+
+
+def test_two_jobs_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    def both(world: World) -> str:
+        with (tmp_path / "run" / ".lock").open("w") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            with pytest.raises(UserError) as caught:
+                Trainer(load_config(overrides(tmp_path, *STEPS)), world, torch.device("cpu"))
+        return str(caught.value)
+
+    (tmp_path / "run").mkdir()
+    assert "another job trains in run.dir" in run_ranks(1, both)[0]
+
+
+def test_a_folder_that_ranks_do_not_share_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.checkpoint._VISIBLE_SECONDS", 0.3)
+
+    def start(world: World) -> str:
+        arguments = overrides(tmp_path, *STEPS, run=f"run-{world.rank}")
+        with pytest.raises(UserError) as caught:
+            Trainer(load_config(arguments), world, torch.device("cpu"))
+        return str(caught.value)
+
+    overrides(tmp_path)
+    assert all("put run.dir on a file system that all nodes share" in message for message in run_ranks(2, start))
+
+
+# Every call that changes the checkpoint folder while a checkpoint is published.
+CRASHES = [
+    ("_write", 1),
+    ("_write", 2),
+    ("_write", 3),
+    ("Path.rename", 1),
+    ("Path.rename", 2),
+    ("os.replace", 1),
+    ("rmtree", 1),
+]
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(("call", "number"), CRASHES, ids=[f"{call}-{number}" for call, number in CRASHES])
+def test_a_kill_at_any_point_of_a_save_loses_nothing(tmp_path: Path, call: str, number: int, after: bool) -> None:
+    steps = ["train.steps=4", "checkpoint.every=2", "checkpoint.keep=1"]
+    expected = train_on(1, overrides(tmp_path, *steps, run="whole"))
+
+    def die(world: World) -> None:
+        trainer = Trainer(load_config(overrides(tmp_path, *steps)), world, torch.device("cpu"))
+        save = trainer.checkpointer.save
+
+        def deadly_save(step: int, *rest: Any) -> None:
+            if step == 4:
+                owner, name = {
+                    "_write": (train.checkpoint, "_write"),
+                    "Path.rename": (Path, "rename"),
+                    "os.replace": (os, "replace"),
+                    "rmtree": (shutil, "rmtree"),
+                }[call]
+                original, calls = getattr(owner, name), []
+
+                def deadly(*args: Any, **kwargs: Any) -> Any:
+                    calls.append(1)
+                    if len(calls) == number and not after:
+                        os._exit(9)
+                    result = original(*args, **kwargs)
+                    if len(calls) == number:
+                        os._exit(9)
+                    return result
+
+                setattr(owner, name, deadly)
+            save(step, *rest)
+
+        trainer.checkpointer.save = deadly_save  # type: ignore[method-assign]
+        trainer.train()
+
+    with pytest.raises(AssertionError, match="died without a result"):
+        run_ranks(1, die)
+    found = train_on(1, overrides(tmp_path, *steps))
+    assert names(tmp_path / "run") == ["LATEST", "step_00000004"]
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -41,11 +41,13 @@ def test_the_command_lines_work_from_another_folder(launcher: list[str], tmp_pat
     assert "step 2/2 | loss" in done.stdout
     folder = tmp_path / "run"
     assert {p.name for p in folder.iterdir()} == {
+        ".lock",
         "checkpoints",
         "config.yaml",
         "loss.png",
         "metrics.jsonl",
         "samples.jsonl",
+        "tokenizer.json",
     }
     assert {p.name for p in tmp_path.iterdir()} == {"corpus.jsonl", "cache", "run"}, "Hydra must not make folders"
     record = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
@@ -72,7 +74,7 @@ def test_from_the_checkout_as_a_module(tmp_path: Path) -> None:
         (["data.source=/nowhere"], "error: data.source=/nowhere names no text"),
         (["data.tokenizer=/nowhere"], "error: data.tokenizer=/nowhere does not exist"),
         (["run.resume=/nowhere"], "checkpoint /nowhere cannot be read"),
-        (["run.dir=/proc/run"], "run.dir=/proc/run cannot be made"),
+        (["run.dir=/proc/run"], "run.dir=/proc/run cannot be used"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -9,11 +9,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from parallel.mesh import World
+from tests.distributed import run_ranks
 from tests.report import report
 from tests.runs import losses, overrides, records, train_on
+from train.config import load_config
+from train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ["train.steps=14", "checkpoint.every=4", "train.sample_every=7", "train.sample_tokens=4"]
@@ -49,7 +55,7 @@ def workers(process: subprocess.Popen[str]) -> list[int]:
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-rank run killed with SIGKILL after step 9, and beside it the run nobody killed."""
     folder = tmp_path_factory.mktemp("killed")
-    train_on(2, overrides(folder, *STEPS, run="whole"))
+    torch.save(train_on(2, overrides(folder, *STEPS, run="whole")), folder / "parameters.pt")
     process = start(overrides(folder, *STEPS, run="killed"))
     wait_for_steps(folder / "killed", 9, process)
     for worker in workers(process):  # the launcher puts each in a session of its own
@@ -66,7 +72,7 @@ def test_a_killed_run_goes_on(killed: Path, ranks: int) -> None:
     shutil.copytree(killed / "killed", killed / run)
     resumed_at = int((killed / run / "checkpoints" / "LATEST").read_text().removeprefix("step_"))
     assert resumed_at in (4, 8, 12)
-    train_on(ranks, overrides(killed, *STEPS, run=run))
+    parameters = train_on(ranks, overrides(killed, *STEPS, run=run))
     expected, found = losses(killed / "whole"), losses(killed / run)
     assert [r["step"] for r in records(killed / run)] == list(range(1, 15))
     assert (killed / run / "samples.jsonl").read_text().count("\n") == 6
@@ -77,6 +83,8 @@ def test_a_killed_run_goes_on(killed: Path, ranks: int) -> None:
     )
     if ranks == 2:
         assert found == expected, "the same layout goes on bit for bit"
+        whole = torch.load(killed / "parameters.pt")
+        assert all(torch.equal(parameters[name], whole[name]) for name in whole)
     assert error < 1e-5
 
 
@@ -92,6 +100,43 @@ def test_a_signal_to_one_rank_saves_on_all_and_ends_well(tmp_path: Path, number:
     assert 3 <= step < 2000
     assert f"stopped as asked at step {step}" in out
     assert len(losses(tmp_path / "run")) == step
+
+
+def test_a_signal_to_the_launcher_saves_although_it_reaches_data_workers_too(tmp_path: Path) -> None:
+    process = start(overrides(tmp_path, "train.steps=2000", "checkpoint.every=0", "data.workers=2"))
+    wait_for_steps(tmp_path / "run", 3, process)
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    assert "Traceback" not in out, out
+    step = int((tmp_path / "run" / "checkpoints" / "LATEST").read_text().removeprefix("step_"))
+    assert 3 <= step < 2000 and len(losses(tmp_path / "run")) == step
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_stop_before_a_step_is_done_leaves_the_step_before(tmp_path: Path, accumulation: int) -> None:
+    arguments = overrides(tmp_path, f"train.micro_batch_size={8 // accumulation}")
+
+    def stop_in_step(world: World, at: int) -> int:
+        trainer = Trainer(load_config(arguments), world, torch.device("cpu"))
+        objective, calls = trainer.objective, []
+
+        def counted(*args: Any) -> Any:
+            calls.append(1)
+            if len(calls) == at:
+                trainer.stop.signal_name = "SIGTERM"
+            return objective(*args)
+
+        trainer.objective = counted
+        if at == 0:
+            trainer.stop.signal_name = "SIGTERM"
+        trainer.train()
+        return trainer.progress.step
+
+    assert run_ranks(1, lambda world: stop_in_step(world, 0)) == [0]
+    during = 2 * accumulation + 1  # the first micro-batch of step 3
+    assert run_ranks(1, lambda world: stop_in_step(world, during)) == [3 if accumulation == 1 else 2]
+    train_on(1, arguments)
+    assert len(losses(tmp_path / "run")) == 5
 
 
 def test_a_killed_rank_is_named_in_one_line(tmp_path: Path) -> None:

@@ -1,0 +1,92 @@
+"""Where a run goes on from, and whether what it finds there fits what was asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from data.prepare import Corpus
+from model import ConfigError, Gemma4Config
+from train.checkpoint import Checkpointer, read_state
+from train.config import Config
+
+log = logging.getLogger("gemwright")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is; saved beside the tensors, with what the numbers refer to."""
+
+    step: int
+    tokens_seen: int
+    sequences_seen: int
+    """Index of the next sequence: the whole data state, together with `data`."""
+    data: dict[str, object]
+    model: dict[str, object]
+
+    @classmethod
+    def fresh(cls, config: Config, model: Gemma4Config, corpus: Corpus) -> Progress:
+        tokenizer = hashlib.sha256((corpus.folder / "tokenizer.json").read_bytes()).hexdigest()
+        data = {
+            "corpus": corpus.folder.name,
+            "tokenizer": tokenizer,
+            "sequence_length": config.data.sequence_length,
+            "seed": config.run.seed,
+        }
+        return cls(0, 0, 0, data, asdict(model))
+
+
+def find_checkpoint(wanted: str, checkpointer: Checkpointer) -> Path | None:
+    """The verified checkpoint that `run.resume` means, or None to start afresh.
+
+    A folder of another run is where this one starts; once it has checkpoints of its own, a
+    restart goes on from those. Raises `ConfigError` where going on would bury something.
+    """
+    own = checkpointer.newest()
+    if wanted == "auto":
+        return own
+    if wanted == "never":
+        if own is not None:
+            raise ConfigError(
+                f"run.resume=never, but {checkpointer.folder.parent} holds checkpoints of another run; "
+                "choose another run.dir."
+            )
+        return None
+    folder = Path(wanted)
+    if own is None or own.resolve() == folder.resolve():
+        return checkpointer.verified(folder)
+    if folder.resolve().parent == checkpointer.folder.resolve():
+        raise ConfigError(
+            f"run.resume={folder} would bury the later {own.name} of the same run; "
+            "give another run.dir to branch off from it."
+        )
+    return own
+
+
+def progress_from(checkpoint: Path, asked: Progress) -> Progress:
+    """Progress of a checkpoint, checked against a fresh `Progress` of this run.
+
+    Another model or tokenizer raises `ConfigError`; other data starts its own index at 0.
+    """
+    state = read_state(checkpoint)
+    missing = [f.name for f in fields(Progress) if f.name not in state]
+    if missing:
+        raise ConfigError(f"checkpoint {checkpoint} lacks {missing[0]} in its state.json; give another.")
+    saved = Progress(**{f.name: state[f.name] for f in fields(Progress)})
+    for key, value in asked.model.items():
+        if saved.model.get(key) != value:
+            raise ConfigError(
+                f"checkpoint {checkpoint} has model.{key}={saved.model.get(key)}, this run {value}; "
+                "use that value, or choose another run.dir."
+            )
+    if saved.data["tokenizer"] != asked.data["tokenizer"]:
+        raise ConfigError(
+            f"checkpoint {checkpoint} was trained with another tokenizer; set data.tokenizer to the tokenizer.json "
+            "in its run folder, or choose another run.dir."
+        )
+    changed = [key for key, value in asked.data.items() if saved.data[key] != value]
+    if changed:
+        log.warning("the data changed (%s): its index starts at 0", ", ".join(changed))
+    return Progress(saved.step, saved.tokens_seen, 0 if changed else saved.sequences_seen, asked.data, asked.model)
