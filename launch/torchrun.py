@@ -45,7 +45,7 @@ def main() -> None:
         killed = {r: f for r, f in error.failures.items() if f.exitcode < 0 and f.signal_name() != "SIGTERM"}
         for rank, failure in killed.items():
             print(f"error: rank {rank} was killed by {failure.signal_name()}; all were stopped.", file=sys.stderr)
-        sys.exit(1 if killed else error.get_first_failure()[1].exitcode)
+        sys.exit(next((f.exitcode for f in error.failures.values() if f.exitcode > 0), 1))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ if __package__ in (None, ""):  # run as a file: the packages beside train/ come 
 
 import logging
 import os
+import signal
 import time
 import traceback
 import warnings
@@ -95,6 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
     except BaseException:
         traceback.print_exc()
         os._exit(1)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # Python's own shutdown would let a late one kill a finished run
+        signal.signal(number, signal.SIG_IGN)
     dist.destroy_process_group()
     return 0
 
