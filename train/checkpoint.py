@@ -160,17 +160,16 @@ class Checkpointer:
             final.rename(final.with_name(f".{final.name}.replaced"))
         partial.rename(final)
         _sync(self.folder)
-        self._settle(final)
-
-    def _settle(self, newest: Path) -> None:
-        """On rank 0: point LATEST at the newest whole checkpoint and let go of old ones; safe to do again."""
-        _write(self.folder / f".{LATEST}", newest.name)
-        os.replace(self.folder / f".{LATEST}", self.folder / LATEST)
-        _sync(self.folder)
-        for old in [p for p in _complete(self.folder) if p <= newest][: -self.keep]:
+        self._point_latest(final)
+        for old in _complete(self.folder)[: -self.keep]:
             old.rename(old.with_name(f".{old.name}.old"))
         for gone in self.folder.glob(".step_*"):
             shutil.rmtree(gone)
+
+    def _point_latest(self, newest: Path) -> None:
+        _write(self.folder / f".{LATEST}", newest.name)
+        os.replace(self.folder / f".{LATEST}", self.folder / LATEST)
+        _sync(self.folder)
 
     def _failure(self, partial: Path, error: BaseException) -> CheckpointError:
         if self.rank == 0:
@@ -192,7 +191,7 @@ class Checkpointer:
             damage = self._damage(folder)
             if damage is None:
                 if self.rank == 0:
-                    self._settle(folder)  # a kill may have come between a checkpoint and what follows it
+                    self._point_latest(folder)  # a kill may have come between the rename and this
                 return folder
             log.warning("checkpoint %s is damaged (%s); trying the one before", folder.name, damage)
         if found:
