@@ -57,7 +57,7 @@ class Trainer:
         self.dtype = _compute_dtype(config.run.dtype, device)
         if config.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(config.run.deterministic)
+            torch.use_deterministic_algorithms(True)
 
         self.folder = RunFolder(config, world.rank)
         self.checkpointer = Checkpointer(

@@ -22,7 +22,13 @@ from train.config import load_config
 from train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = ["train.steps=14", "checkpoint.every=4", "train.sample_every=7", "train.sample_tokens=4"]
+STEPS = [
+    "train.steps=14",
+    "checkpoint.every=4",
+    "train.sample_every=7",
+    "train.sample_tokens=4",
+    "run.deterministic=true",
+]
 
 
 def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> None:
