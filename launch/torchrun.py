@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, run
 
-_SHUTDOWN_SECONDS = 300  # what workers get, told to stop, to write a checkpoint; torch gives 30
+_SHUTDOWN_SECONDS = 90  # what workers get, told to stop, to write a checkpoint; torch gives 30
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

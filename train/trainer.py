@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +243,10 @@ class Trainer:
             log.info("preparing %s", data.source)
             prepare(data.source, tokenizer, data.tokenizer_vocab_size, cache)
             store.set(prepared, "yes")
-        store.wait([prepared], timedelta(days=1))  # a barrier would give up on a large corpus
+        while not store.check([prepared]):  # a barrier would give up on a large corpus, and not hear a signal
+            if self.stop:
+                raise UserError(f"told to stop by {self.stop.signal_name} before the data was prepared.")
+            time.sleep(0.1)
         corpus = prepare(data.source, tokenizer, data.tokenizer_vocab_size, cache)
         names: list[Any] = [None] * self.world.size
         dist.all_gather_object(names, corpus.folder.name)

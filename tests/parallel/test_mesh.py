@@ -46,9 +46,10 @@ def test_micro_batches_divide_a_rank_s_share() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="states what a machine without a GPU says")
 def test_a_gpu_that_is_not_there_is_named() -> None:
-    assert select_device("auto", 3).type == "cpu"
+    two = World(rank=1, size=2, local_rank=1, local_size=2)
+    assert select_device("auto", two).type == "cpu"
     with pytest.raises(ConfigError, match=r"set run\.device=cpu"):
-        select_device("cuda", 0)
+        select_device("cuda", two)
 
 
 def test_sharded_initial_values_equal_those_of_one_process() -> None:
