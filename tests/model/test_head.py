@@ -45,6 +45,14 @@ def test_bfloat16_hidden_states_give_a_float32_loss() -> None:
     assert abs(loss.total.item() / plain.item() - 1) < 1e-2
 
 
+def test_a_second_backward_is_refused_rather_than_wrong() -> None:
+    hidden, weight = torch.randn(T, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    total = linear_cross_entropy(hidden, weight, torch.randint(0, V, (T,)), softcap=CAP).total
+    (total / T).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        (total / T).backward()
+
+
 def test_no_tokens_is_a_loss_of_zero_with_zero_gradients() -> None:
     hidden, weight = torch.randn(0, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
     total = linear_cross_entropy(hidden, weight, torch.empty(0, dtype=torch.long), softcap=CAP).total
