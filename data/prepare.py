@@ -48,7 +48,7 @@ def prepare(source: str, tokenizer: Path | None, vocab_size: int, cache: Path | 
     """
     files = source_files(source)
     cache = cache or default_cache()
-    folder = cache / "corpora" / _digest(files, tokenizer, vocab_size)
+    folder = cache / "corpora" / _digest(source, files, tokenizer, vocab_size)
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
@@ -92,12 +92,16 @@ def _tokenise(tokenizer: Tokenizer, files: list[Path]) -> Iterator[list[int]]:
     yield from flush()
 
 
-def _digest(files: list[Path], tokenizer: Path | None, vocab_size: int) -> str:
+def _digest(source: str, files: list[Path], tokenizer: Path | None, vocab_size: int) -> str:
+    """The library is small and each node has its own copy, so it is known by content; files by place, size and date."""
     digest = hashlib.sha256(f"{_FORMAT}/{vocab_size if tokenizer is None else 'given'}".encode())
     if tokenizer is not None:
         path = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
         digest.update(path.read_bytes() if path.is_file() else b"")
     for path in files:
+        if source == PYTHON_STDLIB:
+            digest.update(path.read_bytes())
+            continue
         status = path.stat()
         digest.update(f"{path.resolve()}/{status.st_size}/{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:20]
