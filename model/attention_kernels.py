@@ -103,16 +103,19 @@ def _probabilities(q: Tensor, k: Tensor, block: Block, mask: AttentionMask) -> T
     return scores.softmax(dim=-1)
 
 
+_FLEX_GRAPHS = 64
+"""One graph per head width, dtype, batch size class, and with or without gradients: more than torch's limit of 8."""
+
+
 @cache
 def _compiled_flex() -> Callable[..., Any]:
-    # One graph per head width, dtype, batch of one or more, and with or without gradients: more than the default
-    # limit of 8, past which torch would go on uncompiled and hold the scores of a whole layer.
-    torch._dynamo.config.recompile_limit = 64
+    # Whole or not at all: a silent fall-back would hold the scores of every pair.
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def flex(q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> Tensor:
-    return flex_over(_compiled_flex(), q_TNH, k_BSKH, v_BSKH, mask)
+    with torch._dynamo.config.patch(recompile_limit=_FLEX_GRAPHS):
+        return flex_over(_compiled_flex(), q_TNH, k_BSKH, v_BSKH, mask)
 
 
 def flex_over(kernel: Callable[..., Any], q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> Tensor:
