@@ -1,16 +1,16 @@
-"""Sizes of every Gemma 4: the config class and the registry of released and tiny variants.
-
-The registry is the single source of sizes. Released numbers are those of the published
-weights; `tiny_*` keep each structural feature of their parent at a size a laptop trains.
-"""
+"""Sizes of a Gemma 4, and what follows from them for each layer."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from model.errors import UserError, nearest
+from model.errors import ConfigError
+from model.hf_config import config_from_hf, config_to_hf, read_config_json
+from model.media_config import AudioConfig, AudioEmbedderConfig, VisionConfig, VisionEmbedderConfig
+from model.variants import variant_fields
 
 LayerType = Literal["sliding_attention", "full_attention"]
 
@@ -25,10 +25,6 @@ _AT_LEAST_ONE = (
     "sliding_window_pattern",
     "max_position_embeddings",
 )
-
-
-class ConfigError(UserError):
-    """A config that cannot work."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ class LayerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Gemma4Config:
-    """Text decoder of Gemma 4; field names are those of the released `config.json`.
+    """Gemma 4: the text decoder, and its encoders if it has any; names are those of the released `config.json`.
 
     Raises `ConfigError` when sizes do not fit together.
     """
@@ -93,6 +89,17 @@ class Gemma4Config:
     pad_token_id: int = 0
     eos_token_id: int = 1
     bos_token_id: int = 2
+    use_bidirectional_attention: str | None = None
+    """"vision": on sliding layers the soft tokens of an image or frame see each other both ways; None: never."""
+    boi_token_id: int = 255_999
+    boa_token_id: int = 256_000
+    image_token_id: int = 258_880
+    audio_token_id: int = 258_881
+    eoi_token_id: int = 258_882
+    eoa_token_id: int = 258_883
+    video_token_id: int = 258_884
+    vision: VisionConfig | VisionEmbedderConfig | None = None
+    audio: AudioConfig | AudioEmbedderConfig | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -112,6 +119,11 @@ class Gemma4Config:
                     f"model.{name}={kv_heads} does not divide num_attention_heads={self.num_attention_heads}; "
                     f"legal here: {divisors(self.num_attention_heads)}."
                 )
+        if self.use_bidirectional_attention not in (None, "vision"):
+            raise ConfigError(
+                f"model.use_bidirectional_attention={self.use_bidirectional_attention} makes no decoder; "
+                "legal: vision, null."
+            )
         for name in ("head_dim", "global_head_dim"):
             if getattr(self, name) % 2 or getattr(self, name) < 2:
                 near = max(2, getattr(self, name) // 2 * 2)
@@ -180,6 +192,15 @@ class Gemma4Config:
         """
         return cls(**(variant_fields(name) | overrides))
 
+    @classmethod
+    def from_hf(cls, source: Path | str | dict[str, Any]) -> Gemma4Config:
+        """Config of a checkpoint folder or of its `config.json` as a dict, in either spelling."""
+        return config_from_hf(source if isinstance(source, dict) else read_config_json(Path(source)))
+
+    def to_hf(self) -> dict[str, Any]:
+        """`config.json` as a dict, in both spellings."""
+        return config_to_hf(self)
+
     def replace(self, **overrides: Any) -> Gemma4Config:
         return dataclasses.replace(self, **overrides)
 
@@ -187,113 +208,3 @@ class Gemma4Config:
 def divisors(n: int) -> str:
     """The divisors of n as text, for error messages."""
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
-
-
-_E2B = {
-    "hidden_size": 1536,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 35,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 1,
-    "sliding_window": 512,
-    "sliding_window_pattern": 5,
-    "num_kv_shared_layers": 20,
-    "use_double_wide_mlp": True,
-    "hidden_size_per_layer_input": 256,
-}
-_E4B = {
-    "hidden_size": 2560,
-    "intermediate_size": 10_240,
-    "num_hidden_layers": 42,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "sliding_window": 512,
-    "num_kv_shared_layers": 18,
-    "hidden_size_per_layer_input": 256,
-}
-_12B = {
-    "hidden_size": 3840,
-    "intermediate_size": 15_360,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "num_global_key_value_heads": 1,
-    "sliding_window": 1024,
-    "attention_k_eq_v": True,
-    "max_position_embeddings": 262_144,
-}
-_26B_A4B = {
-    "hidden_size": 2816,
-    "intermediate_size": 2112,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "num_global_key_value_heads": 2,
-    "sliding_window": 1024,
-    "attention_k_eq_v": True,
-    "enable_moe_block": True,
-    "num_experts": 128,
-    "top_k_experts": 8,
-    "moe_intermediate_size": 704,
-    "max_position_embeddings": 262_144,
-}
-_31B = {
-    "hidden_size": 5376,
-    "intermediate_size": 21_504,
-    "num_hidden_layers": 60,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 16,
-    "num_global_key_value_heads": 4,
-    "sliding_window": 1024,
-    "attention_k_eq_v": True,
-    "max_position_embeddings": 262_144,
-}
-_TINY = {
-    "vocab_size": 8192,
-    "vocab_size_per_layer_input": 8192,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "head_dim": 16,
-    "global_head_dim": 32,
-    "sliding_window": 64,
-    "max_position_embeddings": 8192,
-}
-
-_VARIANTS: dict[str, dict[str, Any]] = {
-    "e2b": _E2B,
-    "e4b": _E4B,
-    "12b": _12B,
-    "26b_a4b": _26B_A4B,
-    "31b": _31B,
-    "tiny_e2b": _E2B | _TINY | {"num_hidden_layers": 15, "num_kv_shared_layers": 10, "hidden_size_per_layer_input": 16},
-    "tiny_e4b": _E4B | _TINY | {"num_kv_shared_layers": 6, "hidden_size_per_layer_input": 16},
-    "tiny_12b": _12B | _TINY | {"num_key_value_heads": 4},
-    "tiny_26b_a4b": _26B_A4B
-    | _TINY
-    | {
-        "num_key_value_heads": 4,
-        "num_global_key_value_heads": 1,
-        "intermediate_size": 128,
-        "num_experts": 16,
-        "top_k_experts": 4,
-        "moe_intermediate_size": 64,
-    },
-    "tiny_31b": _31B | _TINY | {"num_key_value_heads": 4, "num_global_key_value_heads": 1},
-}
-# Base and instruction-tuned releases share one architecture.
-_VARIANTS |= {f"{name}_it": _VARIANTS[name] for name in ("e2b", "e4b", "12b", "26b_a4b", "31b")}
-
-VARIANT_NAMES: tuple[str, ...] = tuple(f"gemma4_{name}" for name in _VARIANTS)
-
-
-def variant_fields(name: str) -> dict[str, Any]:
-    """Config fields of a registered variant that differ from `Gemma4Config`'s defaults."""
-    key = name.removeprefix("gemma4_")
-    if key not in _VARIANTS:
-        near = nearest(f"gemma4_{key}", VARIANT_NAMES)
-        raise ConfigError(
-            f"model.name={name} is no Gemma 4 variant; nearest: {near} (all: {', '.join(VARIANT_NAMES)})."
-        )
-    return dict(_VARIANTS[key])

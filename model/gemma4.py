@@ -1,21 +1,23 @@
-"""Gemma 4 as one function on one device: embed, decode, head."""
+"""Gemma 4 as one function on one device: embed, scatter media, decode, head."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.audio import AudioTower
 from model.config import Gemma4Config, LayerType
 from model.decoder import DecoderLayer, KeyValueStore, LayerContext, decode
 from model.head import softcapped_logits
 from model.init import init_parameters
 from model.masks import AttentionMask, attention_mask
+from model.media import AUDIO, TEXT, Media, token_types
+from model.media_config import AudioConfig, VisionConfig
 from model.norm import RMSNorm
 from model.per_layer_embedding import per_layer_inputs, scaled_embedding
 from model.rope import rotary_table
+from model.vision import MediaProjector, VisionEmbedder, VisionTower
 
 
 class TextDecoder(nn.Module):
@@ -47,6 +49,17 @@ class Gemma4(nn.Module):
         super().__init__()
         self.config = config
         self.language_model = TextDecoder(config)
+        vision, audio = config.vision, config.audio
+        if isinstance(vision, VisionConfig):
+            self.vision_tower = VisionTower(vision)
+        elif vision is not None:
+            self.vision_embedder = VisionEmbedder(vision)
+        if vision is not None:
+            self.embed_vision = MediaProjector(vision.output_size, config.hidden_size, vision.rms_norm_eps)
+        if isinstance(audio, AudioConfig):
+            self.audio_tower = AudioTower(audio)
+        if audio is not None:
+            self.embed_audio = MediaProjector(audio.output_size, config.hidden_size, audio.rms_norm_eps)
 
     def forward(
         self,
@@ -55,6 +68,7 @@ class Gemma4(nn.Module):
         document_ids: Tensor | None = None,
         supervised: Tensor | None = None,
         *,
+        media: Media | None = None,
         masks: dict[LayerType, AttentionMask] | None = None,
         store: KeyValueStore | None = None,
     ) -> Tensor:
@@ -63,7 +77,8 @@ class Gemma4(nn.Module):
         tokens, positions (default 0..S-1), document_ids: integers [B, S]; attention never
         crosses a change of document id. supervised: bool [B, S], the positions whose output
         is wanted; with it the result is [T_supervised, D], in order, and work that cannot
-        reach those outputs is skipped, exactly. `masks` and `store` are for decoding with a
+        reach those outputs is skipped, exactly. media: what image, video and audio tokens stand
+        for; such a token without media is embedded as padding. `masks` and `store` are for decoding with a
         cache: keys then come from `store`, and the masks say which are visible.
         """
         text, config = self.language_model, self.config
@@ -71,15 +86,15 @@ class Gemma4(nn.Module):
         device = tokens_BS.device
         if positions is None:
             positions = torch.arange(length, device=device).expand(num_rows, length)
+        types_BS = token_types(config, tokens_BS)
         if masks is None:
-            masks = {
-                kind: attention_mask(num_rows, length, window=window, document_ids_BS=document_ids, device=device)
-                for kind, window in self._windows()
-            }
+            masks = self._masks(types_BS, document_ids)
         rows = None if supervised is None else supervised.flatten().nonzero()[:, 0]
 
-        tokens_T = tokens_BS.flatten()
+        tokens_T = tokens_BS.masked_fill(types_BS != TEXT, config.pad_token_id).flatten()
         x_TD = scaled_embedding(tokens_T, text.embed_tokens, config.hidden_size)
+        if media is not None:
+            x_TD = self._scatter(x_TD, media)
         per_layer = None
         if config.hidden_size_per_layer_input:
             per_layer = per_layer_inputs(
@@ -125,6 +140,30 @@ class Gemma4(nn.Module):
         """Initialise in place (architecture.md section 8); a function of the generator's seed alone."""
         init_parameters(self, generator.initial_seed(), self.config.initializer_range, self.config.pad_token_id)
 
-    def _windows(self) -> Iterator[tuple[LayerType, int | None]]:
-        for kind in dict.fromkeys(self.config.layer_types):
-            yield kind, self.config.sliding_window if kind == "sliding_attention" else None
+    def _scatter(self, x_TD: Tensor, media: Media) -> Tensor:
+        """The stream with the soft tokens of images and sound in place of their placeholders, unscaled."""
+        if media.vision is not None:
+            encoder = self.vision_tower if isinstance(self.config.vision, VisionConfig) else self.vision_embedder
+            x_TD = x_TD.index_copy(0, media.vision.rows, self.embed_vision(encoder(media.vision)).to(x_TD.dtype))
+        if media.audio is not None:
+            encoded = media.audio.values_TF
+            if isinstance(self.config.audio, AudioConfig):
+                encoded = self.audio_tower(media.audio)
+            x_TD = x_TD.index_copy(0, media.audio.rows, self.embed_audio(encoded).to(x_TD.dtype))
+        return x_TD
+
+    def _masks(self, types_BS: Tensor, document_ids: Tensor | None) -> dict[LayerType, AttentionMask]:
+        """Causal; on sliding layers of 12B, 26B and 31B an image's soft tokens see each other both ways."""
+        config = self.config
+        both_ways = config.vision is not None and config.use_bidirectional_attention == "vision"
+        masks: dict[LayerType, AttentionMask] = {}
+        for kind in dict.fromkeys(config.layer_types):
+            sliding = kind == "sliding_attention"
+            masks[kind] = attention_mask(
+                *types_BS.shape,
+                window=config.sliding_window if sliding else None,
+                document_ids_BS=document_ids,
+                vision_BS=(types_BS != TEXT) & (types_BS != AUDIO) if sliding and both_ways else None,
+                device=types_BS.device,
+            )
+        return masks

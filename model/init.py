@@ -11,7 +11,10 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from model.clipped_linear import BOUNDS
+
 ELEMENTS_PER_BLOCK = 1 << 20
+_ZEROS = ("bias", "std_bias", "per_dim_scale")
 
 
 def init_parameters(model: nn.Module, seed: int, std: float, padding_row: int) -> None:
@@ -37,13 +40,14 @@ def init_slice_(
 ) -> None:
     """Fill `local`, the slice at `offset` of a tensor of `shape`, in place.
 
-    Norm weights, router scales and `layer_scalar` are 1; everything else is N(0, std) with a
-    zero `padding_row` in the two embedding tables.
+    Norm weights, scales and `layer_scalar` are 1, biases and `per_dim_scale` 0, clip bounds
+    infinite; everything else is N(0, std) with a zero `padding_row` in the two embedding tables.
     """
     if local.numel() == 0:
         return
     if len(shape) < 2:
-        local.fill_(1.0)
+        last = name.rpartition(".")[2]
+        local.fill_(BOUNDS.get(last, 0.0 if last in _ZEROS else 1.0))
         return
     columns = tuple(slice(o, o + n) for o, n in zip(offset[1:], local.shape[1:], strict=True))
     rows_per_block = max(1, ELEMENTS_PER_BLOCK // shape[1:].numel())

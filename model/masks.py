@@ -7,7 +7,7 @@ query's own row, so one pair of integers per position stands behind every attent
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -137,21 +137,42 @@ def attention_mask(
     *,
     window: int | None = None,
     document_ids_BS: Tensor | None = None,
+    vision_BS: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> AttentionMask:
     """Causal mask of every position of a batch: within the document, within the window.
 
-    A document is a run of equal ids; ids need not be unique across runs.
+    A document is a run of equal ids; ids need not be unique across runs. Positions of a run of
+    `vision_BS` (bool; the soft tokens of one image or frame) also see the rest of their run.
     """
     position_BS = torch.arange(num_keys, device=device).expand(num_rows, num_keys)
     first_BS = torch.zeros_like(position_BS)
+    starts_BS = torch.zeros_like(position_BS, dtype=torch.bool)
     if document_ids_BS is not None:
-        starts = document_ids_BS[:, 1:] != document_ids_BS[:, :-1]
-        first_BS = torch.cat((first_BS[:, :1], torch.where(starts, position_BS[:, 1:], 0)), dim=1)
-        first_BS = first_BS.cummax(dim=1).values
+        starts_BS[:, 1:] = document_ids_BS[:, 1:] != document_ids_BS[:, :-1]
+        first_BS = torch.where(starts_BS, position_BS, 0).cummax(dim=1).values
+    last_BS = position_BS if vision_BS is None else _run_ends(vision_BS, starts_BS, position_BS)
     if window is not None:
         first_BS = torch.maximum(first_BS, position_BS - (window - 1))
     row_BS = torch.arange(num_rows, device=device)[:, None].expand(num_rows, num_keys)
     return AttentionMask(
-        row_BS.flatten(), position_BS.flatten(), first_BS.flatten(), position_BS.flatten(), num_rows, num_keys
+        row_BS.flatten(), position_BS.flatten(), first_BS.flatten(), last_BS.flatten(), num_rows, num_keys
     )
+
+
+def segment_mask(lengths: Sequence[int], device: torch.device) -> AttentionMask:
+    """One row of segments end to end; every position sees its whole segment and nothing else."""
+    total = sum(lengths)
+    sizes = torch.tensor(lengths, dtype=torch.long, device=device)
+    ends = sizes.cumsum(0)
+    first_T, last_T = (t.repeat_interleave(sizes, output_size=total) for t in (ends - sizes, ends - 1))
+    position_T = torch.arange(total, device=device)
+    return AttentionMask(torch.zeros_like(position_T), position_T, first_T, last_T, 1, total)
+
+
+def _run_ends(vision_BS: Tensor, starts_BS: Tensor, position_BS: Tensor) -> Tensor:
+    """Last position of the run of vision tokens that each position lies in, of one document; itself elsewhere."""
+    goes_on_BS = torch.zeros_like(vision_BS)  # into the next position
+    goes_on_BS[:, :-1] = vision_BS[:, :-1] & vision_BS[:, 1:] & ~starts_BS[:, 1:]
+    stops_BS = torch.where(goes_on_BS, position_BS.shape[1], position_BS)
+    return stops_BS.flip(1).cummin(dim=1).values.flip(1)

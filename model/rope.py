@@ -45,6 +45,21 @@ def rotary_table(config: Gemma4Config, layer_type: LayerType, positions_T: Tenso
     return RotaryTable(angles_TR.cos().to(dtype), angles_TR.sin().to(dtype))
 
 
+def axial_rotary_table(head_dim: int, theta: float, positions_T2: Tensor, dtype: torch.dtype) -> RotaryTable:
+    """cos and sin [T, 2, H/4]: one half of the head turns with the column, the other with the row."""
+    half = head_dim // 2
+    frequencies = 1.0 / theta ** (torch.arange(0, half, 2, device=positions_T2.device).float() / half)
+    angles_T2R = positions_T2[..., None].float() * frequencies
+    return RotaryTable(angles_T2R.cos().to(dtype), angles_T2R.sin().to(dtype))
+
+
+def apply_axial_rotary(x_TNH: Tensor, table: RotaryTable) -> Tensor:
+    """Rotate each half of the heads [T, N, H] by its own axis, half-split within the half."""
+    first, second = x_TNH.unflatten(-1, (2, 2, -1)).unbind(dim=-2)
+    cos, sin = table.cos[:, None], table.sin[:, None]
+    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2).flatten(-3)
+
+
 def apply_rotary(x_TNH: Tensor, table: RotaryTable) -> Tensor:
     """Rotate heads [T, N, H]; rows of x and of the table correspond."""
     half, rotated = x_TNH.shape[-1] // 2, table.cos.shape[-1]

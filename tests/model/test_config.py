@@ -6,16 +6,23 @@ import pytest
 import torch
 
 from model import ConfigError, Gemma4, Gemma4Config
-from model.config import VARIANT_NAMES
+from model.variants import VARIANT_NAMES
 from tests.report import report
 
-# Language model, token table, per-layer table: architecture.md 1.6.
+# Total, language model, token table, per-layer table, vision and audio encoder, their projectors: architecture.md 1.6.
+PARTS = ("total", "language model", "token table", "per-layer table", "vision", "embed_vision", "audio", "embed_audio")
 PARAMETERS = {
-    "e2b": (4_628_569_344, 402_653_184, 2_348_810_240),
-    "e4b": (7_463_013_376, 671_088_640, 2_818_572_288),
-    "12b": (11_907_350_272, 1_006_632_960, 0),
-    "26b_a4b": (25_233_141_760, 738_197_504, 0),
-    "31b": (30_697_345_280, 1_409_286_144, 0),
+    "e2b": (
+        *(5_104_297_504, 4_628_569_344, 402_653_184, 2_348_810_240),
+        *(167_364_608, 1_179_648, 304_824_608, 2_359_296),
+    ),
+    "e4b": (
+        *(7_941_100_832, 7_463_013_376, 671_088_640, 2_818_572_288),
+        *(167_364_608, 1_966_080, 304_824_608, 3_932_160),
+    ),
+    "12b": (11_959_730_176, 11_907_350_272, 1_006_632_960, 0, 35_176_704, 14_745_600, 0, 2_457_600),
+    "26b_a4b": (25_805_933_872, 25_233_141_760, 738_197_504, 0, 569_548_080, 3_244_032, 0, 0),
+    "31b": (31_273_086_512, 30_697_345_280, 1_409_286_144, 0, 569_548_080, 6_193_152, 0, 0),
 }
 
 
@@ -24,13 +31,25 @@ def test_parameter_counts_equal_the_released_models(name: str) -> None:
     with torch.device("meta"):
         model = Gemma4(Gemma4Config.from_name(f"gemma4_{name}"))
     sizes = {key: p.numel() for key, p in model.named_parameters()}
-    total = sum(sizes.values())
-    report(
-        "Parameters on meta", {"variant": name, "language model": f"{total:,}", "expected": f"{PARAMETERS[name][0]:,}"}
+
+    def total(*prefixes: str) -> int:
+        return sum(size for key, size in sizes.items() if key.startswith(prefixes))
+
+    found = (
+        total(""),
+        total("language_model."),
+        total("language_model.embed_tokens.weight"),
+        total("language_model.embed_tokens_per_layer.weight"),
+        total("vision_tower.", "vision_embedder."),
+        total("embed_vision."),
+        total("audio_tower."),
+        total("embed_audio."),
     )
-    assert total == PARAMETERS[name][0]
-    assert sizes["language_model.embed_tokens.weight"] == PARAMETERS[name][1]
-    assert sizes.get("language_model.embed_tokens_per_layer.weight", 0) == PARAMETERS[name][2]
+    report(
+        "Parameters on meta, equal to the released models'",
+        {"variant": name} | dict(zip(PARTS, map("{:,}".format, found), strict=True)),
+    )
+    assert found == PARAMETERS[name]
     assert all(p.is_meta for p in model.parameters())
 
 

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from math import inf
+
+import pytest
 import torch
 
 from model import Gemma4, Gemma4Config
-from model.init import init_slice_
+from model.init import init_slice_, initialised_tensors
+from model.variants import VARIANT_NAMES
 
 
-def test_initial_values_follow_the_reference() -> None:
-    model = Gemma4(Gemma4Config.from_name("gemma4_tiny_26b_a4b"))
+@pytest.mark.parametrize("name", [name for name in VARIANT_NAMES if "tiny" in name])
+def test_initial_values_follow_the_reference(name: str) -> None:
+    model = Gemma4(Gemma4Config.from_name(name))
+    with torch.no_grad():
+        for _, tensor in initialised_tensors(model):
+            tensor.fill_(float("nan"))
     model.init_weights(torch.Generator().manual_seed(7))
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            assert (parameter == 1).all(), name
+            assert (parameter == (0 if name.endswith(("bias", "per_dim_scale")) else 1)).all(), name
         else:
-            assert abs(parameter.std().item() / 0.02 - 1) < 0.05, name
-            assert abs(parameter.mean().item()) < 0.001, name
+            spread = 5 * parameter.numel() ** -0.5
+            assert abs(parameter.std().item() / 0.02 - 1) < spread, name
+            assert abs(parameter.mean().item() / 0.02) < spread, name
+    for name, buffer in model.named_buffers():
+        bounds = {"input_min": -inf, "output_min": -inf, "input_max": inf, "output_max": inf, "std_bias": 0.0}
+        assert (buffer == bounds.get(name.rpartition(".")[2], 1.0)).all(), name
     assert not model.language_model.embed_tokens.weight[0].any()
     assert model.language_model.layers[0].layer_scalar.item() == 1
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from model import ConfigError
-from model.config import VARIANT_NAMES
+from model.variants import VARIANT_NAMES
 from train.config import CONFIG_FOLDER, load_config
 
 

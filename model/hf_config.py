@@ -1,0 +1,300 @@
+"""`config.json` of the released checkpoints, both spellings, to `Gemma4Config` and back.
+
+Released files give `global_head_dim` and `num_global_key_value_heads`; transformers 5.15 and
+later writes `per_layer_config` instead, its layer numbers as zero-padded strings. Both are read,
+both are written (architecture.md 1.5).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.errors import ConfigError, nearest
+from model.media_config import AudioConfig, AudioEmbedderConfig, VisionConfig, VisionEmbedderConfig
+
+if TYPE_CHECKING:
+    from model.config import Gemma4Config
+
+TEXT_ONLY = {"gemma4_text": "Gemma4ForCausalLM", "gemma4_unified_text": "Gemma4UnifiedForCausalLM"}
+"""Model types whose config is the text decoder's own, and the class that reads them."""
+WHOLE = {"gemma4": "Gemma4ForConditionalGeneration", "gemma4_unified": "Gemma4UnifiedForConditionalGeneration"}
+
+_SAME_IN_TEXT = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+    "attention_k_eq_v",
+    "num_kv_shared_layers",
+    "use_double_wide_mlp",
+    "hidden_size_per_layer_input",
+    "vocab_size_per_layer_input",
+    "enable_moe_block",
+    "num_experts",
+    "top_k_experts",
+    "moe_intermediate_size",
+    "final_logit_softcapping",
+    "rms_norm_eps",
+    "initializer_range",
+    "max_position_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "use_bidirectional_attention",
+)
+_NOT_IN_UNIFIED = (
+    "hidden_size_per_layer_input",
+    "vocab_size_per_layer_input",
+    "enable_moe_block",
+    "num_experts",
+    "top_k_experts",
+    "moe_intermediate_size",
+)
+_REQUIRED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "sliding_window",
+)
+# What the architecture fixes: a config that says otherwise is another model.
+_FIXED_IN_TEXT = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": True,
+}
+_TOKEN_IDS = (
+    "boi_token_id",
+    "boa_token_id",
+    "image_token_id",
+    "audio_token_id",
+    "eoi_token_id",
+    "video_token_id",
+)
+
+
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """The raw `config.json` of a checkpoint folder. Raises `ConfigError`."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}); give a folder with a Gemma 4 checkpoint."
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON ({error}); fetch it again.") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds no JSON object; fetch it again.")
+    return raw
+
+
+def config_from_hf(raw: dict[str, Any]) -> Gemma4Config:
+    """Raises `ConfigError` for another model, or a Gemma 4 that is not as released."""
+    from model.config import Gemma4Config
+
+    kind = str(raw.get("model_type"))
+    if kind not in TEXT_ONLY and kind not in WHOLE:
+        legal = (*WHOLE, *TEXT_ONLY)
+        raise ConfigError(
+            f"config.json has model_type {kind}; this reads {', '.join(legal)}; nearest: {nearest(kind, legal)}."
+        )
+    text = raw if kind in TEXT_ONLY else raw.get("text_config") or {}
+    fields = _text_fields(text)
+    eos = raw.get("eos_token_id", text.get("eos_token_id"))
+    eos = text.get("eos_token_id", 1) if isinstance(eos, list) else eos
+    fields["eos_token_id"] = (eos[0] if isinstance(eos, list) else eos) if eos is not None else 1
+    fields |= {name: raw[name] for name in _TOKEN_IDS if raw.get(name) is not None}
+    for name in ("eoa_token_index", "eoa_token_id"):
+        if raw.get(name) is not None:
+            fields["eoa_token_id"] = raw[name]
+    if kind in WHOLE:
+        unified = kind == "gemma4_unified"
+        if raw.get("vision_config"):
+            fields["vision"] = _encoder(
+                "vision_config", VisionEmbedderConfig if unified else VisionConfig, raw["vision_config"]
+            )
+        if raw.get("audio_config"):
+            fields["audio"] = _encoder(
+                "audio_config", AudioEmbedderConfig if unified else AudioConfig, raw["audio_config"]
+            )
+        soft_tokens = raw.get("vision_soft_tokens_per_image")
+        if soft_tokens and fields.get("vision"):
+            fields["vision"] = dataclasses.replace(fields["vision"], soft_tokens=soft_tokens)
+    return Gemma4Config(**fields)
+
+
+def config_to_hf(config: Gemma4Config, base: dict[str, Any] | None = None, dtype: str = "bfloat16") -> dict[str, Any]:
+    """`config.json` in both spellings; fields of `base` (the checkpoint a run began with) that are not ours survive."""
+    unified = isinstance(config.vision, VisionEmbedderConfig) or isinstance(config.audio, AudioEmbedderConfig)
+    base = dict(base or {})
+    whole = config.vision is not None or config.audio is not None
+    text = _text_to_hf(config, unified)
+    if not whole:
+        kept = base if base.get("model_type") in TEXT_ONLY else {}
+        kind = str(kept.get("model_type", "gemma4_text"))
+        return kept | text | {"model_type": kind, "architectures": [TEXT_ONLY[kind]], "dtype": dtype}
+    kind = "gemma4_unified" if unified else "gemma4"
+    vision = audio = None
+    if config.vision is not None:
+        vision = dataclasses.asdict(config.vision)
+        soft_tokens = vision.pop("soft_tokens")
+        if unified:
+            vision |= {"output_proj_dims": vision["mm_embed_dim"], "num_soft_tokens": soft_tokens}
+        else:
+            rope = {"rope_type": "axial", "rope_theta": vision.pop("rope_theta")}
+            vision |= {"rope_parameters": rope, "num_key_value_heads": vision["num_attention_heads"]}
+            vision["default_output_length"] = soft_tokens
+        vision["model_type"] = f"{kind}_vision"
+    if config.audio is not None:
+        audio = dataclasses.asdict(config.audio) | {"model_type": f"{kind}_audio"}
+        audio = {name: list(value) if isinstance(value, tuple) else value for name, value in audio.items()}
+    ours: dict[str, Any] = {name: getattr(config, name) for name in _TOKEN_IDS} | {
+        "architectures": [WHOLE[kind]],
+        "model_type": kind,
+        "dtype": dtype,
+        "eoa_token_id": config.eoa_token_id,
+        "eoa_token_index": config.eoa_token_id,
+        "tie_word_embeddings": True,
+        "text_config": (base.get("text_config") or {}) | text | {"model_type": f"{kind}_text"},
+        "vision_config": None if vision is None else (base.get("vision_config") or {}) | vision,
+        "audio_config": None if audio is None else (base.get("audio_config") or {}) | audio,
+    }
+    if config.vision is not None:
+        ours["vision_soft_tokens_per_image"] = config.vision.soft_tokens
+    return base | ours
+
+
+def _text_fields(text: dict[str, Any]) -> dict[str, Any]:
+    missing = [name for name in _REQUIRED if text.get(name) is None]
+    if missing:
+        raise ConfigError(
+            f"config.json lacks {missing[0]} of the text decoder; give the config of a Gemma 4 checkpoint."
+        )
+    for name, value in _FIXED_IN_TEXT.items():
+        if text.get(name, value) != value:
+            raise ConfigError(
+                f"config.json has {name}={text[name]}; every Gemma 4 has {value}, and only that is built."
+            )
+    fields = {name: text[name] for name in _SAME_IN_TEXT if text.get(name) is not None}
+    unified = str(text.get("model_type")).startswith("gemma4_unified")
+    fields.setdefault("hidden_size_per_layer_input", 0 if unified else 256)
+    fields["sliding_window_pattern"] = _pattern(text, int(text["num_hidden_layers"]))
+    return fields | _full_attention_fields(text, fields) | _rope_fields(text)
+
+
+def _pattern(text: dict[str, Any], layers: int) -> int:
+    """Period of the full-attention layers; the last layer is always one."""
+    types = text.get("layer_types")
+    if types is None:
+        return 6
+    pattern = types.index("full_attention") + 1 if "full_attention" in types else layers
+    expected = [
+        "full_attention" if (i + 1) % pattern == 0 or i == layers - 1 else "sliding_attention" for i in range(layers)
+    ]
+    if types != expected:
+        raise ConfigError(
+            f"config.json has layer_types that are not every {pattern}th layer full and the last; "
+            "only the released pattern is built."
+        )
+    return pattern
+
+
+def _full_attention_fields(text: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """`global_head_dim` and `num_global_key_value_heads`, from whichever spelling is there."""
+    per_layer = text.get("per_layer_config")
+    if per_layer is None:
+        return {name: text[name] for name in ("global_head_dim", "num_global_key_value_heads") if text.get(name)}
+    if not per_layer:  # full layers have the sizes of the others
+        return {"global_head_dim": text.get("head_dim", 256)}
+    layers = {int(index): value for index, value in per_layer.items()}
+    kinds = {json.dumps(value, sort_keys=True) for value in layers.values()}
+    layer_count, pattern = fields["num_hidden_layers"], fields["sliding_window_pattern"]
+    full = {i for i in range(layer_count) if (i + 1) % pattern == 0 or i == layer_count - 1}
+    if len(kinds) != 1 or set(layers) != full:
+        raise ConfigError(
+            "config.json has a per_layer_config that is not one and the same for all full layers, and only them."
+        )
+    one = next(iter(layers.values()))
+    return {
+        "global_head_dim": one.get("head_dim", text.get("head_dim", 256)),
+        "num_global_key_value_heads": one.get("num_key_value_heads"),
+    }
+
+
+def _rope_fields(text: dict[str, Any]) -> dict[str, Any]:
+    rope = text.get("rope_parameters")
+    if not rope:
+        return {}
+    full, sliding = rope.get("full_attention", {}), rope.get("sliding_attention", {})
+    types = (sliding.get("rope_type", "default"), full.get("rope_type", "proportional"))
+    if types != ("default", "proportional"):
+        raise ConfigError(f"config.json has rope types {types}; only ('default', 'proportional') is built.")
+    return {
+        "rope_theta": sliding.get("rope_theta", 10_000.0),
+        "global_rope_theta": full.get("rope_theta", 1_000_000.0),
+        "partial_rotary_factor": full.get("partial_rotary_factor", 0.25),
+    }
+
+
+def _encoder(section: str, cls: type, raw: dict[str, Any]) -> Any:
+    names = [field.name for field in dataclasses.fields(cls)]
+    values = {name: raw[name] for name in names if raw.get(name) is not None}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    if cls is VisionConfig:
+        defaults = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 16, "num_attention_heads": 12}
+        values = defaults | {"head_dim": 64} | values
+        heads = values["num_attention_heads"]
+        if (raw.get("num_key_value_heads") or heads) != heads:
+            raise ConfigError(
+                f"config.json has {section}.num_key_value_heads other than num_attention_heads; not built."
+            )
+        theta = (raw.get("rope_parameters") or {}).get("rope_theta")
+        values |= {"rope_theta": theta} if theta else {}
+        values |= {"soft_tokens": raw["default_output_length"]} if raw.get("default_output_length") else {}
+    if cls is VisionEmbedderConfig:
+        values.setdefault("mm_embed_dim", 3840)
+        if raw.get("num_soft_tokens"):
+            values["soft_tokens"] = raw["num_soft_tokens"]
+        if raw.get("output_proj_dims", values["mm_embed_dim"]) != values["mm_embed_dim"]:
+            raise ConfigError(f"config.json has {section}.output_proj_dims other than mm_embed_dim; not built.")
+    if cls is AudioConfig and values.get("attention_context_right"):
+        raise ConfigError(f"config.json has {section}.attention_context_right above 0; only causal attention is built.")
+    return cls(**values)
+
+
+def _text_to_hf(config: Gemma4Config, unified: bool) -> dict[str, Any]:
+    left_out = _NOT_IN_UNIFIED if unified else ()
+    text = {name: getattr(config, name) for name in _SAME_IN_TEXT if name not in left_out}
+    width = len(str(config.num_hidden_layers - 1))
+    override: dict[str, Any] = {"head_dim": config.global_head_dim}
+    if config.attention_k_eq_v and config.num_global_key_value_heads is not None:
+        override["num_key_value_heads"] = config.num_global_key_value_heads
+    full = [i for i, kind in enumerate(config.layer_types) if kind == "full_attention"]
+    return (
+        text
+        | _FIXED_IN_TEXT
+        | {
+            "eos_token_id": config.eos_token_id,
+            "layer_types": list(config.layer_types),
+            "global_head_dim": config.global_head_dim,
+            "num_global_key_value_heads": config.num_global_key_value_heads,
+            "per_layer_config": {str(i).zfill(width): override for i in full},
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": config.rope_theta},
+                "full_attention": {
+                    "rope_type": "proportional",
+                    "rope_theta": config.global_rope_theta,
+                    "partial_rotary_factor": config.partial_rotary_factor,
+                },
+            },
+        }
+    )

@@ -1,0 +1,197 @@
+"""Weights of a released checkpoint folder: which tensor lies where, and streaming slices of them into memory.
+
+Our names are those on disk without their prefix, so one table of prefixes is the whole key map
+and its inverse. Headers are checked against the model before a byte of a tensor is read; each
+tensor is then read once, only the rows that are wanted, a piece at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model.config import Gemma4Config
+from model.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+WHOLE_PREFIXES = (("", "model."),)
+"""(ours, on disk) of checkpoints that hold the whole model."""
+TEXT_PREFIXES = (("language_model.", "model."),)
+"""(ours, on disk) of checkpoints that hold the text decoder alone."""
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_ELEMENTS_PER_PIECE = 1 << 24
+_IGNORED = re.compile(r"(^|\.)(lm_head\.weight|\w*inv_freq|embed_scale|inv_timescales|softcap)$")
+_CONSUMER_KV = re.compile(r"^language_model\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm)\.weight$")
+_ENCODERS = {
+    "vision": ("vision_tower.", "vision_embedder.", "embed_vision."),
+    "audio": ("audio_tower.", "embed_audio."),
+}
+
+
+class WeightsError(UserError):
+    """A checkpoint folder that cannot be loaded."""
+
+
+class Slice(NamedTuple):
+    """A part of a named tensor of `shape`: `local`, to be filled, lies at `offset`."""
+
+    local: Tensor
+    name: str
+    shape: torch.Size
+    offset: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor on disk."""
+
+    key: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def disk_key(name: str, *, text_only: bool) -> str:
+    """Key on disk of one of our tensors."""
+    return _swap(name, TEXT_PREFIXES if text_only else WHOLE_PREFIXES)
+
+
+def our_name(key: str, *, text_only: bool) -> str:
+    """The inverse of `disk_key`."""
+    return _swap(key, [(disk, ours) for ours, disk in (TEXT_PREFIXES if text_only else WHOLE_PREFIXES)])
+
+
+class Weights:
+    """The tensors of a folder by our names. Raises `WeightsError` if files are missing or damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        by_key = {entry.key: entry for file, keys in _files(folder).items() for entry in _read_header(file, keys)}
+        self.text_only = not any(key.startswith("model.language_model.") for key in by_key)
+        self.entries = {our_name(key, text_only=self.text_only): entry for key, entry in by_key.items()}
+
+    def check(self, config: Gemma4Config, wanted: dict[str, torch.Size]) -> None:
+        """Every wanted tensor is there in its shape, and nothing else is that should have a place."""
+        for name, shape in wanted.items():
+            entry = self.entries.get(name)
+            if entry is None:
+                key = disk_key(name, text_only=self.text_only)
+                raise WeightsError(f"{self.folder} has no tensor {key}; fetch the checkpoint again.")
+            if entry.shape != tuple(shape):
+                raise WeightsError(
+                    f"{entry.key} in {entry.file} has shape {list(entry.shape)} where config.json makes it "
+                    f"{list(shape)}; config and weights are of different models."
+                )
+        for name, entry in self.entries.items():
+            if name not in wanted and not _may_be_left_out(name, config):
+                raise WeightsError(
+                    f"{entry.key} in {entry.file} has no place in this model; "
+                    "config and weights are of different models."
+                )
+
+    def fill(self, slices: Iterable[Slice]) -> None:
+        """Read each slice from its file, file after file."""
+        by_file: dict[Path, list[Slice]] = {}
+        for part in slices:
+            by_file.setdefault(self.entries[part.name].file, []).append(part)
+        for file, parts in by_file.items():
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for part in parts:
+                        _copy(opened, self.entries[part.name], part)
+            except (SafetensorError, OSError) as error:
+                raise WeightsError(f"{file} cannot be read ({error}); fetch it again.") from None
+
+
+@torch.no_grad()
+def _copy(opened: Any, entry: Entry, part: Slice) -> None:
+    local = part.local
+    if local.numel() == 0:
+        return
+    if local.dim() == 0:
+        local.copy_(opened.get_tensor(entry.key))
+        return
+    source = opened.get_slice(entry.key)
+    columns = tuple(slice(o, o + n) for o, n in zip(part.offset[1:], local.shape[1:], strict=True))
+    rows = max(1, _ELEMENTS_PER_PIECE // max(1, local[0].numel()))
+    for start in range(0, local.shape[0], rows):
+        stop = min(start + rows, local.shape[0])
+        local[start:stop].copy_(source[(slice(part.offset[0] + start, part.offset[0] + stop), *columns)])
+
+
+def _files(folder: Path) -> dict[Path, set[str] | None]:
+    """Files that hold weights, and the keys the index promises in each (None where there is no index)."""
+    if not folder.is_dir():
+        raise WeightsError(f"{folder} is no folder; give one that holds config.json and {SINGLE} or {INDEX}.")
+    index = folder / INDEX
+    if not index.is_file():
+        if (folder / SINGLE).is_file():
+            return {folder / SINGLE: None}
+        shards = sorted(folder.glob("*.safetensors"))
+        if shards:
+            raise WeightsError(f"{folder} holds {len(shards)} weight shards but no {INDEX}; fetch that file too.")
+        raise WeightsError(f"{folder} holds no {SINGLE} and no {INDEX}; give a folder with safetensors weights.")
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        promised: dict[Path, set[str] | None] = {}
+        for key, name in weight_map.items():
+            keys = promised.setdefault(folder / name, set())
+            assert keys is not None
+            keys.add(key)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise WeightsError(f"{index} is no index of weights ({error!r}); fetch it again.") from None
+    return promised
+
+
+def _read_header(file: Path, promised: set[str] | None) -> Iterator[Entry]:
+    if not file.is_file():
+        raise WeightsError(f"{file} is missing, though {INDEX} names it; fetch it.")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            keys = set(opened.keys())
+            lacking = (promised or keys) - keys
+            if lacking:
+                raise WeightsError(
+                    f"{file} has no tensor {min(lacking)}, though {INDEX} promises it; fetch both again."
+                )
+            for key in opened.keys():  # noqa: SIM118 - not a dict
+                part = opened.get_slice(key)
+                dtype = part.get_dtype()
+                if dtype not in _DTYPES:
+                    raise WeightsError(
+                        f"{key} in {file} is of dtype {dtype}; weights must be {', '.join(_DTYPES)}: "
+                        "give the checkpoint that is not quantised."
+                    )
+                yield Entry(key, file, tuple(part.get_shape()), _DTYPES[dtype])
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{file} is damaged or cut short ({error}); fetch it again.") from None
+
+
+def _may_be_left_out(name: str, config: Gemma4Config) -> bool:
+    """Tensors with no part in the result: tied head, recomputed tables, consumers' dead K and V, dropped encoders."""
+    if _IGNORED.search(name):
+        return True
+    consumer = _CONSUMER_KV.match(name)
+    if consumer:
+        index = int(consumer[1])
+        return index < config.num_hidden_layers and config.layer(index).is_kv_consumer
+    return any(
+        name.startswith(prefixes) and getattr(config, encoder) is None for encoder, prefixes in _ENCODERS.items()
+    )
+
+
+def _swap(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    for old, new in prefixes:
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name

@@ -1,0 +1,83 @@
+"""Models and tokenizers by registered name, hub id or folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from model.config import Gemma4Config
+from model.errors import ConfigError, UserError, nearest
+from model.gemma4 import Gemma4
+from model.hf_config import config_from_hf, read_config_json
+from model.hf_format import Slice, Weights, WeightsError
+from model.init import initialised_tensors
+from model.variants import HUB_IDS
+
+_WANTED_FILES = ("*.json", "*.safetensors", "*.jinja")
+
+
+def resolve(source: str) -> Path:
+    """Folder of a checkpoint: a folder as it is, or the local copy of a hub id or registered name, fetched if need be.
+
+    Raises `WeightsError` when it is neither, or the hub cannot be reached and nothing is cached.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    hub_id = HUB_IDS.get(source, source)
+    if hub_id.count("/") != 1 or source.startswith((".", "/", "~")):
+        near = nearest(source, HUB_IDS)
+        raise WeightsError(
+            f"weights {source} is neither a folder nor a hub id such as google/gemma-4-E4B; nearest name: {near}."
+        )
+    from huggingface_hub import snapshot_download  # imports slowly, so only when asked for
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(_WANTED_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise WeightsError(
+            f"{hub_id} could not be fetched from the hub ({reason}); "
+            "log in and accept its licence, or give a folder that holds it."
+        ) from None
+
+
+def load_config(source: str) -> Gemma4Config:
+    return config_from_hf(read_config_json(resolve(source)))
+
+
+def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Gemma4:
+    """A model on one device with its weights, e.g. `load_model("gemma4_e4b")` or a folder.
+
+    Buffers keep float32. Raises `WeightsError` or `ConfigError`.
+    """
+    folder = resolve(str(source))
+    config = config_from_hf(read_config_json(folder))
+    weights = Weights(folder)
+    with torch.device("meta"):
+        model = Gemma4(config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    tensors = initialised_tensors(model)
+    weights.check(config, {name: tensor.shape for name, tensor in tensors})
+    model.to_empty(device=device)
+    weights.fill(
+        Slice(tensor.data, name, tensor.shape, (0,) * tensor.dim()) for name, tensor in initialised_tensors(model)
+    )
+    return model.eval()
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """The `tokenizers.Tokenizer` of a folder, hub id, registered name, or a `tokenizer.json`."""
+    path = Path(source).expanduser()
+    if not path.is_file():
+        path = resolve(str(source)) / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; give a folder with a tokenizer.json.")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception on any damage
+        raise UserError(f"{path} cannot be read ({error}); fetch it again.") from None

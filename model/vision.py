@@ -1,0 +1,151 @@
+"""Images to soft tokens: the vision tower, and the 12B's embedder that has none (architecture.md 4.3, 4.5).
+
+Both take patches of any number of images laid end to end, without padding; attention stays
+inside an image because every query's key interval is its own image.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention_kernels import attention
+from model.clipped_linear import ClippedLinear
+from model.masks import AttentionMask, segment_mask
+from model.media import Patches
+from model.media_config import VisionConfig, VisionEmbedderConfig
+from model.norm import RMSNorm
+from model.rope import RotaryTable, apply_axial_rotary, axial_rotary_table
+
+
+class PatchEmbedder(nn.Module):
+    """Linear map of pixels in [-1, 1] plus one learned vector for the column and one for the row."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.input_proj = nn.Linear(config.patch_width, config.hidden_size, bias=False)
+        self.position_embedding_table = nn.Parameter(torch.ones(2, config.position_embedding_size, config.hidden_size))
+
+    def forward(self, patches: Patches) -> Tensor:
+        x_TD = self.input_proj((2 * (patches.values_TC - 0.5)).to(self.input_proj.weight.dtype))
+        columns, rows = patches.positions_T2.unbind(dim=-1)
+        x_table, y_table = self.position_embedding_table
+        return x_TD + (F.embedding(columns, x_table) + F.embedding(rows, y_table))
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        D, width, clipped = config.hidden_size, config.num_attention_heads * config.head_dim, config.use_clipped_linears
+        self.head_dim = config.head_dim
+        self.q_proj = ClippedLinear(D, width, clipped)
+        self.k_proj = ClippedLinear(D, width, clipped)
+        self.v_proj = ClippedLinear(D, width, clipped)
+        self.o_proj = ClippedLinear(width, D, clipped)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.v_norm = RMSNorm(config.head_dim, config.rms_norm_eps, with_scale=False)
+
+    def forward(self, x_TD: Tensor, table: RotaryTable, mask: AttentionMask) -> Tensor:
+        q, k, v = (proj(x_TD).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_axial_rotary(self.q_norm(q), table), apply_axial_rotary(self.k_norm(k), table)
+        return self.o_proj(attention(q, k, self.v_norm(v), mask).flatten(1))
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        D, F_, clipped = config.hidden_size, config.intermediate_size, config.use_clipped_linears
+        self.gate_proj = ClippedLinear(D, F_, clipped)
+        self.up_proj = ClippedLinear(D, F_, clipped)
+        self.down_proj = ClippedLinear(F_, D, clipped)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x_TD), approximate="tanh") * self.up_proj(x_TD))
+
+
+class VisionLayer(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = VisionAttention(config)
+        self.mlp = VisionMLP(config)
+        self.input_layernorm = RMSNorm(D, eps)
+        self.post_attention_layernorm = RMSNorm(D, eps)
+        self.pre_feedforward_layernorm = RMSNorm(D, eps)
+        self.post_feedforward_layernorm = RMSNorm(D, eps)
+
+    def forward(self, x_TD: Tensor, table: RotaryTable, mask: AttentionMask) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x_TD), table, mask)
+        x_TD = x_TD + self.post_attention_layernorm(attended)
+        return x_TD + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_TD)))
+
+
+class VisionEncoder(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
+
+
+class VisionTower(nn.Module):
+    """Patches [T, 3 * patch_size^2] to soft tokens [T / pool^2, D]."""
+
+    std_bias: Tensor
+    std_scale: Tensor
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embedder = PatchEmbedder(config)
+        self.encoder = VisionEncoder(config)
+        if config.standardize:
+            self.register_buffer("std_bias", torch.zeros(config.hidden_size))
+            self.register_buffer("std_scale", torch.ones(config.hidden_size))
+
+    def forward(self, patches: Patches) -> Tensor:
+        config = self.config
+        x_TD = self.patch_embedder(patches)
+        mask = segment_mask(patches.lengths, x_TD.device)
+        table = axial_rotary_table(config.head_dim, config.rope_theta, patches.positions_T2, x_TD.dtype)
+        for layer in self.encoder.layers:
+            x_TD = layer(x_TD, table, mask)
+        # The patches of one soft token lie together; the factor sqrt(D) overflows float16, so float32 from here.
+        pooled = x_TD.unflatten(0, (-1, config.patches_per_token)).float().mean(dim=1).to(x_TD.dtype)
+        pooled = pooled.float() * config.hidden_size**0.5
+        if config.standardize:
+            pooled = (pooled - self.std_bias.float()) * self.std_scale.float()
+        return pooled.to(x_TD.dtype)
+
+
+class VisionEmbedder(nn.Module):
+    """12B: merged patches [T, 6912] to soft tokens [T, D]."""
+
+    def __init__(self, config: VisionEmbedderConfig) -> None:
+        super().__init__()
+        D = config.mm_embed_dim
+        self.patch_ln1 = nn.LayerNorm(config.patch_width)
+        self.patch_dense = nn.Linear(config.patch_width, D)
+        self.patch_ln2 = nn.LayerNorm(D)
+        self.pos_embedding = nn.Parameter(torch.zeros(config.mm_posemb_size, 2, D))
+        self.pos_norm = nn.LayerNorm(D)
+
+    def forward(self, patches: Patches) -> Tensor:
+        x_TD = self.patch_ln2(self.patch_dense(self.patch_ln1(patches.values_TC.to(self.patch_dense.weight.dtype))))
+        columns, rows = patches.positions_T2.unbind(dim=-1)
+        x_table, y_table = self.pos_embedding.unbind(dim=1)
+        return self.pos_norm(x_TD + (F.embedding(columns, x_table) + F.embedding(rows, y_table)))
+
+
+class MediaProjector(nn.Module):
+    """Encoder output [T, C] to the text stream's width: a weightless norm, then a linear map."""
+
+    def __init__(self, input_size: int, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.embedding_projection = nn.Linear(input_size, hidden_size, bias=False)
+        self.embedding_pre_projection_norm = RMSNorm(input_size, eps, with_scale=False)
+
+    def forward(self, x_TC: Tensor) -> Tensor:
+        return self.embedding_projection(
+            self.embedding_pre_projection_norm(x_TC.to(self.embedding_projection.weight.dtype))
+        )
