@@ -1,14 +1,33 @@
-"""What the model trains on: one dataclass, labels already shifted."""
+"""What the model trains on: rows, stacked into batches; labels are already shifted."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from model import Gemma4Config
+from model.media import Media
+
 IGNORE = -100
 """Label of a position that is not supervised."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence: integer tensors [S], and its media in the order of their tokens.
+
+    `images` (video frames among them) are (patches [T, C], positions [T, 2]); `clips` are frames [T, F].
+    """
+
+    tokens_S: Tensor
+    labels_S: Tensor
+    positions_S: Tensor
+    document_ids_S: Tensor
+    images: tuple[tuple[Tensor, Tensor], ...] = ()
+    clips: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -19,15 +38,24 @@ class Batch:
     labels_BS: Tensor
     positions_BS: Tensor
     document_ids_BS: Tensor
+    media: Media | None = None
 
     @property
     def supervised_BS(self) -> Tensor:
         return self.labels_BS != IGNORE
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
+        moved = {name: part.to(device, non_blocking=True) for name, part in vars(self).items() if name != "media"}
+        return Batch(**moved, media=None if self.media is None else self.media.to(device))
 
 
-def collate(sequences: list[Batch]) -> Batch:
-    """Stack single sequences, tensors [S], into a batch."""
-    return Batch(*(torch.stack(tensors) for tensors in zip(*(vars(s).values() for s in sequences), strict=True)))
+def collate(rows: Sequence[Row], config: Gemma4Config) -> Batch:
+    """Stack rows and pack their media. Raises `MediaError` if media and placeholders do not match."""
+    tokens, labels, positions, documents = (
+        torch.stack([getattr(row, name) for row in rows])
+        for name in ("tokens_S", "labels_S", "positions_S", "document_ids_S")
+    )
+    images = [image for row in rows for image in row.images]
+    clips = [clip for row in rows for clip in row.clips]
+    media = Media.build(config, tokens, images, clips) if images or clips else None
+    return Batch(tokens, labels, positions, documents, media)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from functools import partial
 
 from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from data.batch import Batch, collate
+from data.batch import Row, collate
+from model import Gemma4Config
 
 
 class StepSampler(Sampler[list[int]]):
@@ -46,12 +48,12 @@ class StepSampler(Sampler[list[int]]):
         return self.steps * self.accumulation
 
 
-def build_loader(dataset: Dataset[Batch], sampler: StepSampler, workers: int) -> StatefulDataLoader:
+def build_loader(dataset: Dataset[Row], sampler: StepSampler, workers: int, config: Gemma4Config) -> StatefulDataLoader:
     return StatefulDataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=partial(collate, config=config),
         prefetch_factor=4 if workers else None,
         worker_init_fn=_ignore_stop_signals,
         snapshot_every_n_steps=1 << 30,  # the state is the sequence number, which the trainer keeps

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from data.batch import IGNORE, Batch
+from data.batch import IGNORE, Row
 from data.shards import ShardError, TokenShard
 
 
@@ -26,8 +26,8 @@ class _Epoch(NamedTuple):
     sequences: NDArray[np.int64]
 
 
-class PackedDataset(Dataset[Batch]):
-    """`dataset[i]` is a Batch of tensors [S]; defined for every i >= 0."""
+class PackedDataset(Dataset[Row]):
+    """`dataset[i]` is row i of the run; defined for every i >= 0."""
 
     def __init__(self, shard: TokenShard, sequence_length: int, seed: int) -> None:
         self.shard = shard
@@ -47,7 +47,7 @@ class PackedDataset(Dataset[Batch]):
             self._epochs = {number: _Epoch(documents, np.cumsum(self.shard.lengths[documents]), sequences)}
         return self._epochs[number]
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Row:
         length = self.sequence_length
         number, index = divmod(index, self.sequences_per_epoch)
         epoch = self._epoch(number)
@@ -71,4 +71,5 @@ class PackedDataset(Dataset[Batch]):
             documents[rows] = count
             filled += taken
             count += 1
-        return Batch(*map(torch.from_numpy, (tokens, labels, positions, documents)))
+        as_tensor = torch.from_numpy
+        return Row(as_tensor(tokens), as_tensor(labels), as_tensor(positions), as_tensor(documents))

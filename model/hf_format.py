@@ -12,14 +12,14 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from model.config import Gemma4Config
 from model.errors import UserError
+from model.init import Slice
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -40,15 +40,6 @@ _ENCODERS = {
 
 class WeightsError(UserError):
     """A checkpoint folder that cannot be loaded."""
-
-
-class Slice(NamedTuple):
-    """A part of a named tensor of `shape`: `local`, to be filled, lies at `offset`."""
-
-    local: Tensor
-    name: str
-    shape: torch.Size
-    offset: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -74,13 +65,13 @@ def our_name(key: str, *, text_only: bool) -> str:
 class Weights:
     """The tensors of a folder by our names. Raises `WeightsError` if files are missing or damaged."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, config: Gemma4Config) -> None:
+        self.folder, self.config = folder, config
         by_key = {entry.key: entry for file, keys in _files(folder).items() for entry in _read_header(file, keys)}
         self.text_only = not any(key.startswith("model.language_model.") for key in by_key)
         self.entries = {our_name(key, text_only=self.text_only): entry for key, entry in by_key.items()}
 
-    def check(self, config: Gemma4Config, wanted: dict[str, torch.Size]) -> None:
+    def _check(self, wanted: dict[str, torch.Size]) -> None:
         """Every wanted tensor is there in its shape, and nothing else is that should have a place."""
         for name, shape in wanted.items():
             entry = self.entries.get(name)
@@ -93,14 +84,15 @@ class Weights:
                     f"{list(shape)}; config and weights are of different models."
                 )
         for name, entry in self.entries.items():
-            if name not in wanted and not _may_be_left_out(name, config):
+            if name not in wanted and not _may_be_left_out(name, self.config):
                 raise WeightsError(
                     f"{entry.key} in {entry.file} has no place in this model; "
                     "config and weights are of different models."
                 )
 
-    def fill(self, slices: Iterable[Slice]) -> None:
-        """Read each slice from its file, file after file."""
+    def fill(self, slices: list[Slice]) -> None:
+        """Read a slice of every tensor of the model, file after file; nothing is read if one does not fit."""
+        self._check({part.name: part.shape for part in slices})
         by_file: dict[Path, list[Slice]] = {}
         for part in slices:
             by_file.setdefault(self.entries[part.name].file, []).append(part)

@@ -11,8 +11,8 @@ from model.config import Gemma4Config
 from model.errors import ConfigError, UserError, nearest
 from model.gemma4 import Gemma4
 from model.hf_config import config_from_hf, read_config_json
-from model.hf_format import Slice, Weights, WeightsError
-from model.init import initialised_tensors
+from model.hf_format import Weights, WeightsError
+from model.init import whole_slices
 from model.variants import HUB_IDS
 
 _WANTED_FILES = ("*.json", "*.safetensors", "*.jinja")
@@ -56,17 +56,13 @@ def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32, device
     """
     folder = resolve(str(source))
     config = config_from_hf(read_config_json(folder))
-    weights = Weights(folder)
+    weights = Weights(folder, config)
     with torch.device("meta"):
         model = Gemma4(config)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    tensors = initialised_tensors(model)
-    weights.check(config, {name: tensor.shape for name, tensor in tensors})
     model.to_empty(device=device)
-    weights.fill(
-        Slice(tensor.data, name, tensor.shape, (0,) * tensor.dim()) for name, tensor in initialised_tensors(model)
-    )
+    weights.fill(whole_slices(model))
     return model.eval()
 
 

@@ -7,6 +7,8 @@ rank that holds a shard draws exactly the values one process would, and never th
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +19,37 @@ ELEMENTS_PER_BLOCK = 1 << 20
 _ZEROS = ("bias", "std_bias", "per_dim_scale")
 
 
+class Slice(NamedTuple):
+    """A part of a named tensor of `shape`: `local`, to be filled in place, lies at `offset`."""
+
+    local: Tensor
+    name: str
+    shape: torch.Size
+    offset: tuple[int, ...]
+
+
+Fill = Callable[[list[Slice]], None]
+"""Gives slices of a model's tensors their values: drawn, or read from a checkpoint."""
+
+
+def random_fill(seed: int, std: float, padding_row: int) -> Fill:
+    """Initial values as `init_slice_` draws them."""
+
+    def fill(slices: Iterable[Slice]) -> None:
+        for part in slices:
+            init_slice_(*part, seed, std, padding_row)
+
+    return fill
+
+
 def init_parameters(model: nn.Module, seed: int, std: float, padding_row: int) -> None:
     """Initialise whole parameters and persistent buffers in place."""
-    for name, tensor in initialised_tensors(model):
-        init_slice_(tensor.data, name, tensor.shape, (0,) * tensor.dim(), seed, std, padding_row)
+    random_fill(seed, std, padding_row)(whole_slices(model))
+
+
+def whole_slices(model: nn.Module) -> list[Slice]:
+    """Every parameter and persistent buffer of a model that lies on one device."""
+    return [Slice(t.data, name, t.shape, (0,) * t.dim()) for name, t in initialised_tensors(model)]
 
 
 def initialised_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

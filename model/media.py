@@ -71,6 +71,16 @@ class Media:
             None if self.audio is None else self.audio.to(device),
         )
 
+    @staticmethod
+    def on_all_ranks(media: Media | None, config: Gemma4Config, *, vision: bool, audio: bool) -> Media | None:
+        """Media with empty parts for what some other rank has, so that all ranks run the same encoders."""
+        have = media or Media()
+        nothing = torch.zeros(0, dtype=torch.long)
+        return Media(
+            pack_patches(config, (), nothing) if vision and have.vision is None else have.vision,
+            pack_frames(config, (), nothing) if audio and have.audio is None else have.audio,
+        )
+
     @classmethod
     def build(
         cls,

@@ -1,8 +1,9 @@
-"""Recompute activations in the backward: whole decoder layers, by torchtitan's policy."""
+"""Recompute activations in the backward: whole layers of decoder and towers, by torchtitan's policy."""
 
 from __future__ import annotations
 
 from model import Gemma4
+from model.media_config import AudioConfig, VisionConfig
 
 
 def apply_activation_checkpoint(model: Gemma4, mode: str) -> None:
@@ -12,4 +13,9 @@ def apply_activation_checkpoint(model: Gemma4, mode: str) -> None:
             FullAC,
         )  # imports slowly, so only when asked for
 
-        FullAC(FullAC.Config(preserve_rng_state=False)).apply(model.language_model)
+        policy = FullAC(FullAC.Config(preserve_rng_state=False))
+        policy.apply(model.language_model)
+        if isinstance(model.config.vision, VisionConfig):
+            policy.apply(model.vision_tower.encoder)
+        if isinstance(model.config.audio, AudioConfig):
+            policy.apply(model.audio_tower)

@@ -6,6 +6,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from model import Gemma4, Gemma4Config
+from model.init import Fill
 from parallel.activation_checkpoint import apply_activation_checkpoint
 from parallel.fsdp import shard
 from parallel.initialise import initialise
@@ -15,16 +16,22 @@ def build_parallel_model(
     config: Gemma4Config,
     mesh: DeviceMesh,
     device: torch.device,
+    fill: Fill,
     *,
+    frozen: tuple[str, ...] = (),
     compute_dtype: torch.dtype = torch.float32,
-    seed: int = 0,
     activation_checkpoint: str = "none",
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
 ) -> Gemma4:
-    """A model on `meta`, then activation checkpointing, then FSDP2, then storage and initial values."""
+    """A model on `meta`, then activation checkpointing, then FSDP2, then storage and values.
+
+    frozen: names of top modules that are not trained.
+    """
     with torch.device("meta"):
         model = Gemma4(config)
+    for name in frozen:
+        model.get_submodule(name).requires_grad_(False)
     apply_activation_checkpoint(model, activation_checkpoint)
     shard(
         model,
@@ -33,5 +40,5 @@ def build_parallel_model(
         reshard_after_forward=reshard_after_forward,
         cpu_offload=cpu_offload,
     )
-    initialise(model, device, seed, offloaded=cpu_offload)
+    initialise(model, device, fill, offloaded=cpu_offload)
     return model

@@ -4,7 +4,12 @@
 |--------------------------------------------------------|--------------------------------------------------|
 | each decoder layer                                     | gathered for its own forward and backward        |
 | per-layer embedding table                              | larger than the rest of E2B; not held in between |
-| root: token table (= tied head), norms, PLE projection | used first and last, so gathered once a step     |
+| each layer of the image and audio towers               | as a decoder layer                               |
+| the rest of each tower                                 | only batches with its media touch it             |
+| root: token table (= tied head), norms, projections    | used first and last, so gathered once a step     |
+
+A unit's collectives need every rank, so a rank without images runs the tower on none of them
+when another rank has some (`Media.on_all_ranks`).
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from torch.distributed.fsdp import (
 )
 
 from model import Gemma4
+from model.media_config import AudioConfig, VisionConfig
 
 
 def shard(
@@ -51,6 +57,14 @@ def shard(
         unit(layer, reshard_after_forward)
     if model.config.hidden_size_per_layer_input:
         unit(text.embed_tokens_per_layer, reshard_after_forward)
+    if isinstance(model.config.vision, VisionConfig):
+        for layer in model.vision_tower.encoder.layers:
+            unit(layer, reshard_after_forward)
+        unit(model.vision_tower, reshard_after_forward)
+    if isinstance(model.config.audio, AudioConfig):
+        for layer in model.audio_tower.layers:
+            unit(layer, reshard_after_forward)
+        unit(model.audio_tower, reshard_after_forward)
     unit(model, False)
     for module in model.modules():
         if isinstance(module, FSDPModule):

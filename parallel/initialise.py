@@ -1,4 +1,4 @@
-"""Give a sharded model that was built on `meta` its storage and initial values, each rank its own slices."""
+"""Give a sharded model that was built on `meta` its storage and values, each rank its own slices."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from model import Gemma4
-from model.init import init_slice_, initialised_tensors
+from model.init import Fill, Slice, initialised_tensors
 
 
-def initialise(model: Gemma4, device: torch.device, seed: int, *, offloaded: bool = False) -> None:
-    """The same values as `Gemma4.init_weights` in one process, whatever the mesh.
+def initialise(model: Gemma4, device: torch.device, fill: Fill, *, offloaded: bool = False) -> None:
+    """`fill` gets this rank's slice of every parameter and persistent buffer, whatever the mesh.
 
     Offloaded parameters live on the CPU; buffers are always where the computation is.
     """
-    config = model.config
     model.to_empty(device="cpu" if offloaded else device)
+    slices = []
     for name, tensor in initialised_tensors(model):
-        name = name.replace("_checkpoint_wrapped_module.", "")
         local, offset = tensor.data, (0,) * tensor.dim()
         if isinstance(tensor, DTensor):
             _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
             local = tensor.to_local()
-        init_slice_(local, name, tensor.shape, offset, seed, config.initializer_range, config.pad_token_id)
+        slices.append(Slice(local, name.replace("_checkpoint_wrapped_module.", ""), tensor.shape, offset))
+    fill(slices)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))

@@ -26,6 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 import configs
 from model import ConfigError, Gemma4Config
 from model.errors import nearest
+from model.hf_format import WeightsError
+from model.hub import resolve
+from model.media_config import AudioEmbedderConfig, VisionEmbedderConfig
 
 CONFIG_FOLDER = Path(configs.__file__).parent
 GROUPS = ("variant",)
@@ -135,14 +138,32 @@ class TrackersConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
+@dataclass
+class ExportConfig:
+    every: int = 0
+    """Steps between exports of the newest checkpoint as a folder for transformers and vLLM; 0 for none."""
+    at_end: bool = False
+    dtype: str = "auto"
+    """auto (each tensor as in model.weights, else bfloat16) | bfloat16 | float32"""
+
+
+ENCODERS = ("vision", "audio")
+
+
 # Every field of Gemma4Config as an override: none keeps the named variant's value.
 ModelConfig = dataclasses.make_dataclass(
     "ModelConfig",
     [
         ("name", str, field(default="gemma4_tiny_e4b")),
+        # A checkpoint folder, hub id or registered name to start from; its config.json then gives the sizes.
+        ("weights", str | None, field(default=None)),
+        # none | freeze | projector (tower frozen, its projector trained) | train; unset: freeze with weights, else none
+        ("vision", str | None, field(default=None)),
+        ("audio", str | None, field(default=None)),
         *[
             (name, hint if type(None) in get_args(hint) else hint | None, field(default=None))
             for name, hint in get_type_hints(Gemma4Config).items()
+            if name not in ENCODERS
         ],
     ],
 )
@@ -159,12 +180,64 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     trackers: TrackersConfig = field(default_factory=TrackersConfig)
 
+    @property
+    def weights(self) -> Path | None:
+        """The folder of the checkpoint to start from."""
+        source = self.model.weights  # type: ignore[attr-defined]
+        if source is None:
+            return None
+        try:
+            return resolve(source)
+        except WeightsError:
+            if (self.origin / "config.json").is_file():  # the run goes on though its source is gone
+                return self.origin
+            raise
+
+    @property
+    def origin(self) -> Path:
+        """Where a run keeps the small files of the checkpoint it began with."""
+        return Path(self.run.dir) / "origin"
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The `tokenizer.json` asked for, or that of the weights; None to train one."""
+        if self.data.tokenizer is not None:
+            return Path(self.data.tokenizer)
+        if self.weights is None:
+            return None
+        path = self.weights / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError(f"{self.weights} holds no tokenizer.json; set data.tokenizer.")
+        return path
+
     def gemma4(self) -> Gemma4Config:
-        """The model's sizes: the named variant with the overrides that are set."""
-        fields = {k: v for k, v in vars(self.model).items() if k != "name" and v is not None}
-        return Gemma4Config.from_name(self.model.name, **fields)  # type: ignore[attr-defined]
+        """The model's sizes: those of the weights or the named variant, with the overrides that are set."""
+        own = ("name", "weights", *ENCODERS)
+        fields = {k: v for k, v in vars(self.model).items() if k not in own and v is not None}
+        if self.weights is not None:
+            config = Gemma4Config.from_hf(self.weights).replace(**fields)
+        else:
+            config = Gemma4Config.from_name(self.model.name, **fields)  # type: ignore[attr-defined]
+        return config.replace(**{name: None for name in ENCODERS if self._encoder(name) == "none"})
+
+    def frozen(self) -> tuple[str, ...]:
+        """Modules of the model that are not trained."""
+        config, names = self.gemma4(), []
+        for encoder, tower in (("vision", "vision_tower"), ("audio", "audio_tower")):
+            sizes, mode = getattr(config, encoder), self._encoder(encoder)
+            if sizes is None or mode == "train":
+                continue
+            if not isinstance(sizes, AudioEmbedderConfig):  # which is nothing but its projector
+                names.append("vision_embedder" if isinstance(sizes, VisionEmbedderConfig) else tower)
+            if mode == "freeze":
+                names.append(f"embed_{encoder}")
+        return tuple(names)
+
+    def _encoder(self, name: str) -> str:
+        return getattr(self.model, name) or ("none" if self.model.weights is None else "freeze")  # type: ignore[attr-defined]
 
 
 CHOICES = {
@@ -173,6 +246,9 @@ CHOICES = {
     "parallel.gradient_sync": ("last", "every"),
     "schedule.name": ("constant", "linear", "cosine", "wsd"),
     "activation_checkpoint.mode": ("none", "full"),
+    "export.dtype": ("auto", "bfloat16", "float32"),
+    "model.vision": ("none", "freeze", "projector", "train"),
+    "model.audio": ("none", "freeze", "projector", "train"),
     "trackers.wandb.mode": ("disabled", "offline", "online"),
 }
 _AT_LEAST = {
@@ -193,6 +269,7 @@ _AT_LEAST = {
     "schedule.decay_steps": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
+    "export.every": 0,
 }
 
 
@@ -297,6 +374,8 @@ def get(config: Config, key: str) -> Any:
 
 def _validate(config: Config) -> None:
     for key, choices in CHOICES.items():
+        if get(config, key) is None:
+            continue
         if get(config, key) not in choices:
             near = nearest(get(config, key), choices)
             raise ConfigError(f"{key}={get(config, key)} does not exist; nearest: {near} (all: {', '.join(choices)}).")
@@ -304,6 +383,10 @@ def _validate(config: Config) -> None:
         if (get(config, key) if get(config, key) is not None else least) < least:
             raise ConfigError(f"{key}={get(config, key)} is too small; smallest legal: {least}.")
     model, schedule, steps = config.gemma4(), config.schedule, config.train.steps
+    for encoder in ENCODERS:
+        wanted = get(config, f"model.{encoder}")
+        if wanted not in (None, "none") and getattr(model, encoder) is None:
+            raise ConfigError(f"model.{encoder}={wanted}, but this model has no {encoder} encoder; legal: none.")
     if config.data.sequence_length > model.max_position_embeddings:
         raise ConfigError(
             f"data.sequence_length={config.data.sequence_length} exceeds the model's max_position_embeddings; "
@@ -328,7 +411,7 @@ def _validate(config: Config) -> None:
         )
     if config.train.sample_every and not config.train.sample_prompts:
         raise ConfigError("train.sample_prompts is empty; give one, or set train.sample_every=0.")
-    if config.data.tokenizer is None and config.data.tokenizer_vocab_size > model.vocab_size:
+    if config.tokenizer is None and config.data.tokenizer_vocab_size > model.vocab_size:
         raise ConfigError(
             f"data.tokenizer_vocab_size={config.data.tokenizer_vocab_size} exceeds model.vocab_size; "
             f"largest legal: {model.vocab_size}."

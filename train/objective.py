@@ -34,6 +34,7 @@ def cross_entropy(model: Gemma4, batch: Batch, z_loss: float = 0.0) -> Loss:
         positions=batch.positions_BS,
         document_ids=batch.document_ids_BS,
         supervised=supervised,
+        media=batch.media,
     )
     sums = linear_cross_entropy(
         hidden_TD,

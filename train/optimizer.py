@@ -7,18 +7,37 @@ from torch import nn
 
 from train.config import OptimizerConfig
 
+_TABLES = ("embed_tokens", "position_embedding_table", "pos_embedding")
+
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (plain if parameter.dim() < 2 or "embed_tokens" in name else decayed).append(parameter)
+            is_table = any(table in name for table in _TABLES)
+            (plain if parameter.dim() < 2 or is_table else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    _allocate(optimizer)
+    return optimizer
+
+
+def _allocate(optimizer: torch.optim.AdamW) -> None:
+    """State of every trained parameter now, as AdamW itself makes it at a first gradient.
+
+    An encoder that no batch has touched yet would have none, and a checkpoint's keys would depend on the data.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

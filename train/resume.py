@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -35,7 +36,7 @@ class Progress:
             "sequence_length": config.data.sequence_length,
             "seed": config.run.seed,
         }
-        return cls(0, 0, 0, data, asdict(model))
+        return cls(0, 0, 0, data, json.loads(json.dumps(asdict(model))))  # as it is read back
 
 
 def find_checkpoint(wanted: str, checkpointer: Checkpointer) -> Path | None:

@@ -21,12 +21,16 @@ from data.packing import PackedDataset
 from data.prepare import Corpus, prepare
 from model import ConfigError, Gemma4Config, UserError
 from model.attention_kernels import kernel_for
+from model.hf_format import Weights
+from model.init import Fill, random_fill
+from model.media import Media
 from parallel.apply import build_parallel_model
 from parallel.fsdp import require_gradient_sync
 from parallel.grad_norm import clip_grad_norm
 from parallel.mesh import World, build_mesh, data_parallel_sizes, micro_batch_size
 from train.checkpoint import Checkpointer
 from train.config import Config
+from train.export import Origin, export
 from train.faults import StopRequest
 from train.flops import batch_work, peak_flops, training_flops
 from train.metrics import Meter, step_line
@@ -76,8 +80,9 @@ class Trainer:
             self.model_config,
             build_mesh(device, *sizes),
             device,
+            self._initial_values(checkpoint is not None),
+            frozen=config.frozen(),
             compute_dtype=self.dtype,
-            seed=config.run.seed,
             activation_checkpoint=config.activation_checkpoint.mode,
             reshard_after_forward=config.parallel.reshard_after_forward,
             cpu_offload=config.parallel.cpu_offload,
@@ -87,6 +92,18 @@ class Trainer:
         if checkpoint is not None:
             self.checkpointer.load(checkpoint, self.model, self.optimizer)
         self._describe(sizes, checkpoint)
+
+    def _initial_values(self, resuming: bool) -> Fill:
+        """Drawn, or the slices of a released checkpoint; a resumed run reads its own checkpoint afterwards."""
+        config, model = self.config, self.model_config
+        if config.weights is None or resuming:
+            return random_fill(config.run.seed, model.initializer_range, model.pad_token_id)
+        log.info("weights from %s", config.weights)
+        weights = Weights(config.weights, model)
+        if self.world.rank == 0:
+            dtypes = {name: entry.dtype for name, entry in weights.entries.items()}
+            Origin.remember(config.origin, config.weights, dtypes)
+        return weights.fill
 
     @property
     def complete(self) -> bool:
@@ -113,7 +130,7 @@ class Trainer:
             self.world.size,
         )
         dataset = PackedDataset(self.corpus.shard, config.data.sequence_length, config.run.seed)
-        batches = iter(build_loader(dataset, sampler, config.data.workers))
+        batches = iter(build_loader(dataset, sampler, config.data.workers, self.model_config))
         meter.started = time.perf_counter()
         while not self.complete and self._step(batches, sampler.accumulation, meter):
             paused, step = time.perf_counter(), self.progress.step
@@ -121,9 +138,13 @@ class Trainer:
                 self._sample()
             if config.checkpoint.every and step % config.checkpoint.every == 0:
                 self._save()
+            if config.export.every and step % config.export.every == 0:
+                self._export()
             meter.pause(time.perf_counter() - paused)
         self._save()
         self.checkpointer.commit()
+        if config.export.at_end and self.complete:
+            self._export()
         self._finish()
 
     def _step(self, batches: Iterator[Batch], accumulation: int, meter: Meter) -> bool:
@@ -133,13 +154,15 @@ class Trainer:
         micro_batches = [next(batches) for _ in range(accumulation)]
         waited = time.perf_counter() - waited
         works = [batch_work(self.model_config, batch) for batch in micro_batches]
+        parts = [batch.media or Media() for batch in micro_batches]
         # Everything ranks must agree on before the step, in one small exchange.
-        supervised, tokens, flops, stops, written = self._summed(
+        supervised, tokens, flops, stops, written, *present = self._summed(
             sum(work.supervised for work in works),
             sum(work.tokens for work in works),
             sum(training_flops(self.model_config, work) for work in works),
             bool(self.stop),
             self.checkpointer.written,
+            *(part is not None for media in parts for part in (media.vision, media.audio)),
         )
         if stops:
             return False
@@ -152,7 +175,9 @@ class Trainer:
             if index and self._summed(bool(self.stop))[0]:
                 return False  # a large step may take longer than the time a scheduler leaves
             require_gradient_sync(self.model, last or config.parallel.gradient_sync == "every")
-            loss: Loss = self.objective(self.model, batch.to(self.device))
+            vision, audio = present[2 * index : 2 * index + 2]
+            media = Media.on_all_ranks(batch.media, self.model_config, vision=bool(vision), audio=bool(audio))
+            loss: Loss = self.objective(self.model, replace(batch, media=media).to(self.device))
             (loss.total / max(supervised, 1)).backward()
             for name, value in {"loss": loss.nll, "count": loss.count, **loss.metrics}.items():
                 sums[name] = sums.get(name, 0) + value.detach().float()
@@ -219,6 +244,25 @@ class Trainer:
         self.saved_step = step
         log.info("checkpoint step %d%s", step, " (writing)" if self.config.checkpoint.asynchronous else "")
 
+    def _export(self) -> None:
+        """The checkpoint of this step as a folder for transformers and vLLM, unless it is there."""
+        self._save()
+        self.checkpointer.commit()
+        checkpoint = self.folder.checkpoints / f"step_{self.progress.step:08d}"
+        out = self.folder.path / "export" / checkpoint.name
+        if out.exists():
+            return
+        origin = self.config.origin if self.config.origin.is_dir() else None
+        export(
+            checkpoint,
+            out,
+            self.model_config,
+            tokenizer=self.folder.path / "tokenizer.json",
+            origin=origin,
+            dtype=self.config.export.dtype,
+        )
+        log.info("exported to %s", out)
+
     def _finish(self) -> None:
         if self.world.rank == 0:
             curve = write_loss_curve(self.folder.path)
@@ -235,7 +279,7 @@ class Trainer:
     def _prepare_corpus(self) -> Corpus:
         """Tokenise on one process of each node while the others wait, then open the result."""
         data, model = self.config.data, self.model_config
-        tokenizer = Path(data.tokenizer) if data.tokenizer else None
+        tokenizer = self.config.tokenizer
         cache = Path(data.cache) if data.cache else None
         store = dist.distributed_c10d._get_default_store()
         prepared = f"gemwright/prepared/{self.world.rank - self.world.local_rank}"

@@ -88,7 +88,7 @@ def test_every_token_of_an_epoch_appears_once_and_epochs_differ(corpus: Corpus) 
     count = dataset.sequences_per_epoch
 
     def tokens(epoch: int) -> torch.Tensor:
-        return torch.cat([dataset[epoch * count + i].tokens_BS for i in range(count)])
+        return torch.cat([dataset[epoch * count + i].tokens_S for i in range(count)])
 
     whole = torch.bincount(torch.from_numpy(corpus.shard.tokens.astype("int64")), minlength=512)
     for epoch in (0, 1):
@@ -103,14 +103,14 @@ def test_labels_positions_and_documents_of_a_sequence(corpus: Corpus) -> None:
     cut = 0
     for i in range(dataset.sequences_per_epoch):
         sequence = dataset[i]
-        same = sequence.document_ids_BS[1:] == sequence.document_ids_BS[:-1]
-        assert torch.equal(sequence.labels_BS[:-1][same], sequence.tokens_BS[1:][same])
-        assert (sequence.labels_BS[:-1][~same] == IGNORE).all()
-        assert (sequence.tokens_BS[:-1][~same] == EOS).all() and (sequence.tokens_BS[1:][~same] == BOS).all()
-        assert (sequence.positions_BS[1:][~same] == 0).all() and sequence.positions_BS[0] == 0
-        assert torch.equal(sequence.positions_BS[1:][same], sequence.positions_BS[:-1][same] + 1)
-        cut += int(sequence.labels_BS[-1] != IGNORE)
-        assert (sequence.labels_BS[-1] == IGNORE) == (sequence.tokens_BS[-1] == EOS)
+        same = sequence.document_ids_S[1:] == sequence.document_ids_S[:-1]
+        assert torch.equal(sequence.labels_S[:-1][same], sequence.tokens_S[1:][same])
+        assert (sequence.labels_S[:-1][~same] == IGNORE).all()
+        assert (sequence.tokens_S[:-1][~same] == EOS).all() and (sequence.tokens_S[1:][~same] == BOS).all()
+        assert (sequence.positions_S[1:][~same] == 0).all() and sequence.positions_S[0] == 0
+        assert torch.equal(sequence.positions_S[1:][same], sequence.positions_S[:-1][same] + 1)
+        cut += int(sequence.labels_S[-1] != IGNORE)
+        assert (sequence.labels_S[-1] == IGNORE) == (sequence.tokens_S[-1] == EOS)
     assert cut, "some documents must run past the end of a sequence"
 
 
@@ -118,7 +118,7 @@ def test_a_corpus_shorter_than_a_sequence_repeats(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("short text")
     shard = prepare(str(tmp_path / "a.txt"), None, 370, tmp_path / "cache").shard
     sequence = PackedDataset(shard, 100, seed=0)[5]
-    assert sequence.tokens_BS.shape == (100,) and sequence.document_ids_BS.max() >= 5
+    assert sequence.tokens_S.shape == (100,) and sequence.document_ids_S.max() >= 5
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -130,11 +130,11 @@ def test_every_mesh_and_worker_count_deals_the_same_sequences(
     steps: list[list[Batch]] = [[], [], []]
     for rank in range(num_ranks):
         sampler = StepSampler(40, 3, 8, micro, rank, num_ranks)
-        for i, batch in enumerate(build_loader(dataset, sampler, workers)):
+        for i, batch in enumerate(build_loader(dataset, sampler, workers, config)):
             steps[i // sampler.accumulation].append(batch)
     for step, batches in enumerate(steps):
         found = {tuple(row) for batch in batches for row in batch.tokens_BS.tolist()}
-        assert found == {tuple(dataset[40 + step * 8 + i].tokens_BS.tolist()) for i in range(8)}
+        assert found == {tuple(dataset[40 + step * 8 + i].tokens_S.tolist()) for i in range(8)}
         assert sum(batch.tokens_BS.shape[0] for batch in batches) == 8
 
 

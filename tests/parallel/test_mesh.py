@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from model import ConfigError, Gemma4, Gemma4Config
+from model.init import random_fill
 from parallel.apply import build_parallel_model
 from parallel.grad_norm import clip_grad_norm
 from parallel.mesh import World, build_mesh, data_parallel_sizes, micro_batch_size, select_device
@@ -52,8 +53,9 @@ def test_a_gpu_that_is_not_there_is_named() -> None:
         select_device("cuda", two)
 
 
-def test_sharded_initial_values_equal_those_of_one_process() -> None:
-    config = Gemma4Config.from_name("gemma4_tiny_26b_a4b")
+@pytest.mark.parametrize("name", ["gemma4_tiny_e4b", "gemma4_tiny_12b", "gemma4_tiny_26b_a4b"])
+def test_sharded_initial_values_equal_those_of_one_process(name: str) -> None:
+    config = Gemma4Config.from_name(name)
     whole = Gemma4(config)
     whole.init_weights(torch.Generator().manual_seed(5))
     expected = dict(whole.named_parameters())
@@ -61,7 +63,8 @@ def test_sharded_initial_values_equal_those_of_one_process() -> None:
     def ranks(world: World) -> dict[str, bool]:
         device = torch.device("cpu")
         mesh = build_mesh(device, 1, world.size)
-        model = build_parallel_model(config, mesh, device, seed=5, activation_checkpoint="full")
+        fill = random_fill(5, config.initializer_range, config.pad_token_id)
+        model = build_parallel_model(config, mesh, device, fill, activation_checkpoint="full")
         assert all(layer.layer_scalar == 1 for layer in model.language_model.layers)
         return {name: torch.equal(tensor, expected[name]) for name, tensor in whole_parameters(model).items()}
 

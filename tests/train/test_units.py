@@ -46,14 +46,16 @@ def test_default_warm_up_is_a_twentieth_and_no_rate_is_zero_before_the_end() -> 
     assert all(rate > 0 for rate in rates[:-1]) and rates[-1] == 0
 
 
-def test_norms_scalars_and_embeddings_do_not_decay() -> None:
-    model = Gemma4(Gemma4Config.from_name("gemma4_tiny_e4b"))
+@pytest.mark.parametrize("variant", ["tiny_e4b", "tiny_12b"])
+def test_norms_scalars_and_embeddings_do_not_decay(variant: str) -> None:
+    model = Gemma4(Gemma4Config.from_name(variant))
     optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.3))
     names = {id(p): name for name, p in model.named_parameters()}
     decay = {names[id(p)]: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert decay.keys() == set(names.values())
     for name, value in decay.items():
-        matrix = ("proj" in name and "norm" not in name) or "per_layer_input_gate" in name
+        matrices = ("proj.", "projection.", "_gate", "linear", "ffw_layer", "conv.", "conv1d.", "post.", "dense")
+        matrix = name.endswith("weight") and any(m in name for m in matrices) and "norm" not in name
         assert value == (0.3 if matrix else 0.0), name
 
 

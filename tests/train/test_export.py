@@ -1,0 +1,155 @@
+"""A checkpoint of `transformers` through a sharded model and out again: the same bytes, and it opens there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import Gemma4ForCausalLM, Gemma4ForConditionalGeneration, Gemma4UnifiedForConditionalGeneration
+
+from model import Gemma4Config
+from model.hf_format import Weights
+from model.hub import load_model
+from parallel.apply import build_parallel_model
+from parallel.mesh import World, build_mesh
+from tests.distributed import run_ranks
+from tests.model.multimodal import make_example, random_whole_config, save_reference, whole_reference
+from tests.model.reference import FAMILIES, perturbed_reference, random_config
+from train.checkpoint import Checkpointer
+from train.config import OptimizerConfig
+from train.export import MANIFEST, ExportError, Origin, export
+from train.optimizer import build_optimizer
+
+CPU = torch.device("cpu")
+
+
+def import_and_save(source: Path, run: Path, world: World) -> None:
+    """Stream a released checkpoint into a model sharded over these ranks, and write a training checkpoint of it."""
+    config = Gemma4Config.from_hf(source)
+    weights = Weights(source, config)
+    model = build_parallel_model(config, build_mesh(CPU, 1, world.size), CPU, weights.fill)
+    if world.rank == 0:
+        Origin.remember(run / "origin", source, {name: entry.dtype for name, entry in weights.entries.items()})
+        (run / "checkpoints").mkdir()
+    torch.distributed.barrier()
+    optimizer = build_optimizer(model, OptimizerConfig())
+    Checkpointer(run / "checkpoints", keep=1, asynchronous=False).save(1, model, optimizer, {})
+
+
+def through_ranks(source: Path, run: Path, ranks_in: int, ranks_out: int, **options: Any) -> Path:
+    run.mkdir()
+    run_ranks(ranks_in, lambda world: import_and_save(source, run, world))
+
+    def export_on(world: World) -> None:
+        export(
+            run / "checkpoints" / "step_00000001",
+            run / "export",
+            Gemma4Config.from_hf(source),
+            origin=run / "origin",
+            **options,
+        )
+
+    run_ranks(ranks_out, export_on)
+    return run / "export"
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            found |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    return found
+
+
+def assert_same_bytes(a: Path, b: Path) -> None:
+    first, second = tensors(a), tensors(b)
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        other = second[key]
+        assert tensor.dtype == other.dtype and tensor.shape == other.shape, key
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)), key
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (4, 2)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_import_then_export_is_byte_identical_and_opens_in_the_reference(
+    family: str, ranks: tuple[int, int], tmp_path: Path
+) -> None:
+    config = random_whole_config(family, seed=3)
+    reference = whole_reference(config, seed=3)
+    if ranks == (4, 2):
+        reference.bfloat16()  # as released; only the bytes matter here
+    save_reference(reference, tmp_path / "source")
+    out = through_ranks(tmp_path / "source", tmp_path / "run", *ranks, file_bytes=100_000)
+    assert len(list(out.glob("*.safetensors"))) > 1
+    assert_same_bytes(tmp_path / "source", out)
+
+    cls = Gemma4UnifiedForConditionalGeneration if family == "12b" else Gemma4ForConditionalGeneration
+    experts = {"experts_implementation": "eager"} if family == "26b_a4b" else {}
+    again, info = cls.from_pretrained(
+        out, dtype="auto", attn_implementation="eager", output_loading_info=True, local_files_only=True, **experts
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert Gemma4Config.from_hf(out) == config
+    if ranks == (1, 1):
+        example = make_example(config, [[4, ("image", 2, 2), 6]], seed=1)
+        inputs: dict[str, Any] = {"input_ids": example.tokens_BS, "use_cache": False, **example.reference}
+        with torch.no_grad():
+            assert torch.equal(again(**inputs).logits, reference(**inputs).logits)
+
+
+@pytest.mark.parametrize("family", ["e2b", "26b_a4b", "31b"])
+def test_a_text_only_checkpoint_comes_back_byte_identical(family: str, tmp_path: Path) -> None:
+    reference = perturbed_reference(random_config(family, 4), 4)
+    save_reference(reference, tmp_path / "source")
+    out = through_ranks(tmp_path / "source", tmp_path / "run", 2, 1)
+    assert_same_bytes(tmp_path / "source", out)
+    again = Gemma4ForCausalLM.from_pretrained(
+        out,
+        dtype="auto",
+        attn_implementation="eager",
+        local_files_only=True,
+        **({"experts_implementation": "eager"} if family == "26b_a4b" else {}),
+    )
+    tokens = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        assert torch.equal(again(tokens, use_cache=False).logits, reference(tokens, use_cache=False).logits)
+
+
+def test_the_manifest_names_every_tensor_and_both_spellings_are_written(tmp_path: Path) -> None:
+    config = random_whole_config("31b", seed=5)
+    save_reference(whole_reference(config, seed=5), tmp_path / "source")
+    raw = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps(raw | {"of_their_own": 7}))
+    out = through_ranks(tmp_path / "source", tmp_path / "run", 1, 1, dtype="bfloat16")
+    manifest = json.loads((out / MANIFEST).read_text())
+    assert manifest["tensors"].keys() == tensors(out).keys()
+    assert {entry["dtype"] for entry in manifest["tensors"].values()} == {"bfloat16"}
+    written = json.loads((out / "config.json").read_text())
+    text = written["text_config"]
+    assert written["of_their_own"] == 7 and written["dtype"] == "bfloat16"
+    assert text["global_head_dim"] == config.global_head_dim
+    full = [i for i, kind in enumerate(config.layer_types) if kind == "full_attention"]
+    assert [int(index) for index in text["per_layer_config"]] == full
+    for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        assert (out / name).is_file()
+
+
+def test_an_export_never_overwrites_and_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    save_reference(whole_reference(random_whole_config("31b", seed=5), seed=5), tmp_path / "source")
+    out = through_ranks(tmp_path / "source", tmp_path / "run", 1, 1)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000001"
+    with pytest.raises(ExportError, match="is there already"):
+        export(checkpoint, out, Gemma4Config.from_hf(out))
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file where a folder should be")
+    with pytest.raises(ExportError, match="mend it and export again"):
+        export(checkpoint, blocked / "out", Gemma4Config.from_hf(out))
+    shutil.rmtree(out)
+    export(checkpoint, out, Gemma4Config.from_hf(tmp_path / "source"))
+    assert load_model(out).config == Gemma4Config.from_hf(tmp_path / "source")

@@ -1,0 +1,262 @@
+"""A training checkpoint as a folder that transformers and vLLM open.
+
+Written by any number of processes from a checkpoint of any mesh, one output file at a time, so
+memory holds one file's tensors. Everything is written aside, read back against the manifest,
+and renamed into place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from data.chat_template import chat_template
+from model import Gemma4Config, UserError
+from model.hf_config import config_to_hf
+from model.hf_format import INDEX, SINGLE, disk_key
+
+MANIFEST = "gemwright_export.json"
+FILE_BYTES = 5 * 10**9
+_READ_BYTES = 10**9
+"""Float32 masters read at once, before they are cast."""
+_KEPT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_MODEL = "model."
+
+
+class ExportError(UserError):
+    """A folder that cannot be written, or does not read back as written."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run remembers of the checkpoint it began with: its small files, and each tensor's dtype on disk."""
+
+    folder: Path
+
+    @classmethod
+    def remember(cls, folder: Path, source: Path, dtypes: dict[str, torch.dtype]) -> None:
+        """Copy what an export needs, so that the source may go away."""
+        folder.mkdir(exist_ok=True)
+        for name in _KEPT_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        named = {key: str(dtype).removeprefix("torch.") for key, dtype in dtypes.items()}
+        (folder / "dtypes.json").write_text(json.dumps(named, indent=0))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return _read_json(self.folder / "config.json")
+
+    def dtype(self, key: str) -> torch.dtype | None:
+        return _DTYPES.get(_read_json(self.folder / "dtypes.json").get(key, ""))
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    config: Gemma4Config,
+    *,
+    tokenizer: Path | None = None,
+    origin: Path | None = None,
+    dtype: str = "auto",
+    file_bytes: int = FILE_BYTES,
+) -> Path:
+    """Write `out`. With a process group, every rank must call it and writes its share of the files.
+
+    tokenizer: a `tokenizer.json`; origin: the folder `Origin.remember` filled; dtype: of all
+    tensors, or auto: as they came, and bfloat16 for a run from scratch. Raises `ExportError`.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    partial = out.with_name(f".{out.name}.partial")
+    failure: str | None = None
+    tensors: dict[str, Any] = {}
+    try:
+        if rank == 0:
+            if out.exists():
+                raise ExportError(f"{out} is there already; choose another folder or remove it.")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+    except (OSError, ExportError) as error:
+        failure = str(error)
+    _agree(failure, out)
+    plan = _Plan(checkpoint, config, Origin(origin) if origin else None, dtype, file_bytes)
+    try:
+        for number in range(rank, len(plan.files), world):
+            tensors |= plan.write(partial, number)
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        failure = " ".join(str(error).split())[:300]
+    _agree(failure, out)
+    shares: list[Any] = [tensors]
+    if world > 1:
+        shares = [None] * world
+        dist.all_gather_object(shares, tensors)
+    try:
+        if rank == 0:
+            plan.finish(partial, {k: v for share in shares for k, v in share.items()}, checkpoint, tokenizer)
+            os.replace(partial, out)
+    except OSError as error:
+        failure = str(error)
+    _agree(failure, out)
+    return out
+
+
+class _Plan:
+    """Which tensors go into which file."""
+
+    def __init__(
+        self, checkpoint: Path, config: Gemma4Config, origin: Origin | None, dtype: str, file_bytes: int
+    ) -> None:
+        self.checkpoint, self.config, self.origin = checkpoint, config, origin
+        self.text_only = config.vision is None and config.audio is None
+        stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        self.shapes = {
+            name.removeprefix(_MODEL): entry.size
+            for name, entry in stored.items()
+            if name.startswith(_MODEL) and isinstance(entry, TensorStorageMetadata)
+        }
+        self.dtypes = {name: self._dtype(name, dtype) for name in self.shapes}
+        self.files: list[list[str]] = [[]]
+        room = file_bytes
+        for name, shape in self.shapes.items():
+            size = shape.numel() * self.dtypes[name].itemsize
+            if size > room and self.files[-1]:
+                self.files.append([])
+                room = file_bytes
+            self.files[-1].append(name)
+            room -= size
+
+    def _dtype(self, name: str, wanted: str) -> torch.dtype:
+        if wanted != "auto":
+            return _DTYPES[wanted]
+        found = self.origin.dtype(name) if self.origin else None
+        return found or torch.bfloat16
+
+    def file_name(self, number: int) -> str:
+        count = len(self.files)
+        return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+    def write(self, folder: Path, number: int) -> dict[str, Any]:
+        """Read one file's tensors from the checkpoint and write them; their entries of the manifest."""
+        written: dict[str, Tensor] = {}
+        pending: dict[str, Tensor] = {}
+        for name in self.files[number]:
+            pending[name] = torch.empty(self.shapes[name])
+            if sum(tensor.nbytes for tensor in pending.values()) > _READ_BYTES or name == self.files[number][-1]:
+                dcp.load({_MODEL.rstrip("."): pending}, checkpoint_id=self.checkpoint, no_dist=True)
+                for read, tensor in pending.items():
+                    written[disk_key(read, text_only=self.text_only)] = tensor.to(self.dtypes[read])
+                pending = {}
+        file = folder / self.file_name(number)
+        save_file(written, file, metadata={"format": "pt"})
+        entries = {key: _entry(tensor, file.name) for key, tensor in written.items()}
+        del written
+        with safe_open(file, framework="pt") as opened:  # what a reader will see, against what was meant
+            for key, entry in entries.items():
+                if _entry(opened.get_tensor(key), file.name) != entry:
+                    raise OSError(f"{key} in {file.name} does not read back as it was written")
+        return entries
+
+    def finish(self, folder: Path, tensors: dict[str, Any], checkpoint: Path, tokenizer: Path | None) -> None:
+        """Index, config, tokenizer, chat template, generation config, and last the manifest."""
+        assert len(tensors) == len(self.shapes)
+        if len(self.files) > 1:
+            total = sum(entry["bytes"] for entry in tensors.values())
+            index = {"metadata": {"total_size": total}, "weight_map": {key: e["file"] for key, e in tensors.items()}}
+            _write_json(folder / INDEX, index)
+        kinds = [str(dtype).removeprefix("torch.") for dtype in self.dtypes.values()]
+        if self.origin is not None:
+            for name in _KEPT_FILES:
+                if (self.origin.folder / name).is_file():
+                    shutil.copyfile(self.origin.folder / name, folder / name)
+        base = self.origin.config if self.origin else None
+        _write_json(folder / "config.json", config_to_hf(self.config, base, dtype=max(set(kinds), key=kinds.count)))
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, folder / "tokenizer.json")
+        for name, content in _companions(self.config).items():
+            if not (folder / name).exists():
+                if isinstance(content, str):
+                    (folder / name).write_text(content, encoding="utf-8")
+                else:
+                    _write_json(folder / name, content)
+        _write_json(folder / MANIFEST, {"checkpoint": checkpoint.name, "tensors": tensors})
+
+
+def _companions(config: Gemma4Config) -> dict[str, Any]:
+    """Small files a folder needs beside weights, for a run that began with none."""
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return {
+        "tokenizer_config.json": special
+        | {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_bos_token": False,
+            "padding_side": "left",
+            "model_max_length": config.max_position_embeddings,
+            "clean_up_tokenization_spaces": False,
+        },
+        "generation_config.json": {
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": [config.eos_token_id, 106, 50],
+            "pad_token_id": config.pad_token_id,
+            "do_sample": True,
+            "temperature": 1.0,
+            "top_k": 64,
+            "top_p": 0.95,
+        },
+        "chat_template.jinja": chat_template("small" if config.hidden_size_per_layer_input else "large"),
+    }
+
+
+def _entry(tensor: Tensor, file: str) -> dict[str, Any]:
+    data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return {
+        "file": file,
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(tensor.shape),
+        "bytes": tensor.numel() * tensor.element_size(),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+
+
+def _agree(failure: str | None, out: Path) -> None:
+    """Every rank goes on, or every rank stops with the first failure."""
+    failures: list[Any] = [failure]
+    if dist.is_initialized():
+        failures = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, failure)
+    found = next((f for f in failures if f), None)
+    if found is not None:
+        raise ExportError(f"export to {out} failed ({found}); mend it and export again, the checkpoint is untouched.")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
