@@ -15,9 +15,11 @@ from data.prepare import Corpus, prepare
 from data.shards import ShardError, TokenShard
 from data.sources import PYTHON_STDLIB, SourceError, read_documents, source_files
 from data.tokenizer import BOS, EOS, MEDIA_TOKENS, TokenizerError, load_tokenizer, train_tokenizer
+from model import Gemma4Config
 from tests.runs import make_corpus
 
 LENGTH = 48
+TINY = Gemma4Config.from_name("gemma4_tiny_e4b")
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +132,7 @@ def test_every_mesh_and_worker_count_deals_the_same_sequences(
     steps: list[list[Batch]] = [[], [], []]
     for rank in range(num_ranks):
         sampler = StepSampler(40, 3, 8, micro, rank, num_ranks)
-        for i, batch in enumerate(build_loader(dataset, sampler, workers, config)):
+        for i, batch in enumerate(build_loader(dataset, sampler, workers, TINY)):
             steps[i // sampler.accumulation].append(batch)
     for step, batches in enumerate(steps):
         found = {tuple(row) for batch in batches for row in batch.tokens_BS.tolist()}

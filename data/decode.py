@@ -1,0 +1,199 @@
+"""Media files, or arrays in their place, made into RGB images, 16 kHz mono waveforms and sampled video frames."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeAlias
+
+import av
+import numpy as np
+from av.audio.frame import AudioFrame
+from av.container import InputContainer
+from PIL import Image, ImageOps
+
+from model.errors import UserError
+
+ImageSource: TypeAlias = str | Path | Image.Image | np.ndarray
+AudioSource: TypeAlias = str | Path | tuple[np.ndarray, int]
+VideoSource: TypeAlias = str | Path | tuple[np.ndarray, float]
+
+SAMPLING_RATE = 16_000
+MAX_SAMPLES = 30 * SAMPLING_RATE
+"""Gemma 4 hears 30 seconds; what follows is cut."""
+FALLBACK_FPS = 24.0
+"""For a video whose file states no frame rate."""
+
+
+class MediaError(UserError):
+    """An image, video or sound that cannot be used."""
+
+
+def read_image(source: ImageSource) -> Image.Image:
+    """8-bit RGB, turned upright by its EXIF orientation, transparency laid over white.
+
+    `source` is a path, a PIL image or a uint8 array [H, W], [H, W, 3] or [H, W, 4]; of an animation the first frame
+    is taken. The reference does the same but for two gaps: its file loader drops transparency instead, and it leaves
+    a PIL image as its camera held it. Raises `MediaError` for a file that is missing, damaged or no image, and for
+    pixels of more than 8 bits.
+    """
+    name = source_name(source, "image")
+    try:
+        if isinstance(source, np.ndarray):
+            legal = source.ndim > 1 and source.shape[2:] in ((), (3,), (4,))
+            return _rgb(Image.fromarray(_checked_pixels(source, legal, "[H, W], [H, W, 3] or [H, W, 4]")), name)
+        if isinstance(source, Image.Image):
+            return _rgb(source, name)
+        with Image.open(_existing(source)) as image:
+            return _rgb(image, name)
+    except MediaError:
+        raise
+    except Exception as error:  # on damaged files Pillow's decoders raise whatever they stumble over
+        raise MediaError(f"{name} cannot be read as an image ({error}); give a whole image file.") from None
+
+
+def read_audio(source: AudioSource) -> np.ndarray:
+    """Mono float32 waveform [samples] at 16 kHz, at most 30 seconds.
+
+    `source` is a path, or (float array [samples], sampling rate in Hz), which at 16 kHz is passed on untouched.
+    Channels are averaged. Raises `MediaError` for a file that is missing, damaged or without sound.
+    """
+    name = source_name(source, "waveform")
+    if isinstance(source, tuple):
+        waveform = _checked_waveform(*source)
+        if source[1] != SAMPLING_RATE:
+            waveform = resample([_audio_frame(waveform, source[1])])
+    else:
+        with _opened(source) as container:
+            if not container.streams.audio:
+                raise MediaError(f"{name} has no audio stream; give a file with sound.")
+            waveform = resample(container.decode(audio=0))
+    if not len(waveform):
+        raise MediaError(f"{name} holds no audio samples; leave it out or record it again.")
+    if not np.isfinite(waveform).all():
+        raise MediaError(f"{name} holds samples that are not finite; repair it or leave it out.")
+    return waveform[:MAX_SAMPLES]
+
+
+def read_video(source: VideoSource, num_frames: int) -> list[tuple[float, np.ndarray]]:
+    """At most `num_frames` evenly spaced frames, each (seconds from the start, uint8 [H, W, 3]).
+
+    `source` is a path, or (uint8 frames [N, H, W, 3], frames per second). Seconds are the frame's index over the
+    average frame rate, as in the reference. Raises `MediaError` for a file that is missing, damaged or without frames.
+    """
+    name = source_name(source, "video")
+    if isinstance(source, tuple):
+        legal = source[0].shape[3:] == (3,)
+        pictures, fps = _checked_pixels(source[0], legal, "[N, H, W, 3]"), float(source[1])
+        indices = sample_indices(len(pictures), num_frames)
+        chosen = [pictures[i] for i in indices]
+    else:
+        total = _count_packets(source)
+        indices = sample_indices(total, num_frames)
+        chosen, fps, decoded = _decode_frames(source, indices)
+        if len(chosen) < len(indices):  # some packets show no picture, or the end is damaged
+            indices = sample_indices(decoded, num_frames)
+            chosen, fps, _ = _decode_frames(source, indices)
+    if not chosen:
+        raise MediaError(f"{name} holds no frames; give a whole video.")
+    if not 0 < fps < float("inf"):
+        raise MediaError(f"{name} has fps={fps:g}, from which no timestamp follows; give its frames per second.")
+    return [(index / fps, picture) for index, picture in zip(indices, chosen, strict=True)]
+
+
+def sample_indices(total: int, num_frames: int) -> list[int]:
+    """Which of `total` frames to keep: `num_frames` evenly spaced ones, all if there are fewer."""
+    count = min(total, num_frames)
+    return [i * total // count for i in range(count)]
+
+
+def resample(frames: Iterable[AudioFrame]) -> np.ndarray:
+    """16 kHz mono float32; reads no more of `frames` than 30 seconds need."""
+    resampler = av.AudioResampler(format="fltp", rate=SAMPLING_RATE)
+    chunks = [np.zeros(0, np.float32)]
+    for frame in itertools.chain(frames, [None]):
+        # Averaged here because the resampler's own downmix of floats is louder by sqrt(2).
+        chunks += [part.to_ndarray().mean(axis=0) for part in resampler.resample(frame)]
+        if sum(map(len, chunks)) >= MAX_SAMPLES:
+            break
+    return np.concatenate(chunks)
+
+
+def source_name(source: ImageSource | AudioSource | VideoSource, otherwise: str) -> str:
+    """What an error calls `source`: its path, or else `otherwise`."""
+    return str(source) if isinstance(source, str | Path) else f"the given {otherwise}"
+
+
+def _existing(source: str | Path) -> Path:
+    if not Path(source).is_file():
+        raise MediaError(f"{source} is not a file; check the path.")
+    return Path(source)
+
+
+@contextmanager
+def _opened(source: str | Path) -> Iterator[InputContainer]:
+    path = _existing(source)
+    try:
+        with av.open(str(path)) as container:
+            yield container
+    except MediaError:
+        raise
+    except (av.FFmpegError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise MediaError(f"{path} cannot be decoded ({reason}); give a whole sound or video file.") from None
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise MediaError(f"{name} has pixels of mode {image.mode}, which 8 bits would clip; scale it to 8 bits first.")
+    image = ImageOps.exif_transpose(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def _checked_pixels(array: np.ndarray, legal_shape: bool, shapes: str) -> np.ndarray:
+    if array.dtype != np.uint8 or not legal_shape or 0 in array.shape[1:]:
+        raise MediaError(f"the given array is {array.dtype} {list(array.shape)}; give uint8 {shapes}.")
+    return array
+
+
+def _checked_waveform(waveform: np.ndarray, sampling_rate: int) -> np.ndarray:
+    if waveform.ndim != 1 or not np.issubdtype(waveform.dtype, np.floating):
+        shape = list(waveform.shape)
+        raise MediaError(f"the given waveform is {waveform.dtype} {shape}; give floats [samples] in [-1, 1].")
+    if sampling_rate < 1:
+        raise MediaError(f"sampling_rate={sampling_rate} is not a frequency; give it in Hz, as 16000.")
+    return waveform.astype(np.float32)
+
+
+def _audio_frame(waveform: np.ndarray, sampling_rate: int) -> AudioFrame:
+    frame = AudioFrame.from_ndarray(waveform[None], format="fltp", layout="mono")
+    frame.sample_rate = int(sampling_rate)
+    return frame
+
+
+def _count_packets(source: str | Path) -> int:
+    """Packets of the first video stream; unlike a header's frame count, known for every format."""
+    with _opened(source) as container:
+        if not container.streams.video:
+            raise MediaError(f"{source} has no video stream; give a file with pictures.")
+        return sum(packet.size > 0 and not packet.is_discard for packet in container.demux(video=0))
+
+
+def _decode_frames(source: str | Path, indices: list[int]) -> tuple[list[np.ndarray], float, int]:
+    """The frames at ascending `indices` (fewer if the video ends before), frames per second, frames decoded."""
+    wanted, found, decoded = set(indices), [], 0
+    with _opened(source) as container:
+        stream = container.streams.video[0]
+        fps = float(stream.average_rate or stream.guessed_rate or FALLBACK_FPS)
+        for frame in container.decode(stream):
+            if decoded in wanted:
+                found.append(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
+            decoded += 1
+            if len(found) == len(indices):
+                break
+    return found, fps, decoded

@@ -1,0 +1,149 @@
+"""Print conversations as the model reads them, with what it learns to write in colour.
+
+    python -m data.show                                    # a built-in conversation
+    python -m data.show chats.jsonl --tokenizer tokenizer.json --size large
+
+A line of a file is {"messages": [...]}, with "tools" if wanted, or {"text": "..."}. A media part is shown as four soft
+tokens, whatever its file would give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from data.chat import SIZES
+from data.conversation import (
+    Conversation,
+    Document,
+    Encoded,
+    encode,
+    encode_text,
+    expand,
+    located,
+    read_conversations,
+    tokenise,
+)
+from data.tokenizer import load_tokenizer, train_tokenizer
+from model.errors import UserError
+
+GREEN, RESET = "\033[32m", "\033[0m"
+LEFT, RIGHT = "⟦", "⟧"
+"""Around supervised text where colour is not wanted."""
+BORDER = "·"
+_SOFT_TOKENS = ("<|image|>", "<|audio|>", "<|video|>")
+_VOCAB_SIZE = 512
+_WEATHER = {
+    "name": "get_weather",
+    "description": "Current weather for a city.",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
+DEMO = Conversation(
+    where="demo",
+    messages=[
+        {"role": "system", "content": "You are terse."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which city is this? Does it rain?"}]},
+        {
+            "role": "assistant",
+            "reasoning": "An opera house like an iceberg: Oslo.",
+            "tool_calls": [{"id": "1", "function": {"name": "get_weather", "arguments": {"city": "Oslo"}}}],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": "light rain, 4 °C"},
+        {"role": "assistant", "content": "Oslo, and yes: light rain."},
+    ],
+    tools=[{"type": "function", "function": _WEATHER}],
+    flags={},
+)
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A media part without a file."""
+
+    kind: str
+
+    @property
+    def placeholder(self) -> str:
+        outer = "audio" if self.kind == "audio" else "image"
+        return f"<|{outer}>{f'<|{self.kind}|>' * 4}<{outer}|>"
+
+
+def mark(pieces: Sequence[str], supervised: Sequence[bool], colour: bool = True, borders: bool = False) -> str:
+    """The texts of tokens joined, supervised runs in green or between brackets."""
+    marked = ""
+    for learned, run in groupby(_collapsed(pieces, supervised), key=itemgetter(1)):
+        text = (BORDER if borders else "").join(_printable(piece) for piece, _ in run if piece)
+        if learned and colour:
+            # Line by line: pagers drop a colour at the end of a line.
+            text = "\n".join(f"{GREEN}{line}{RESET}" if line else "" for line in text.split("\n"))
+        marked += f"{LEFT}{text}{RIGHT}" if learned and not colour else text
+    return marked
+
+
+def _collapsed(pieces: Sequence[str], supervised: Sequence[bool]) -> Iterator[tuple[str, bool]]:
+    for (piece, learned), run in groupby(zip(pieces, supervised, strict=True)):
+        count = len(list(run))
+        if piece in _SOFT_TOKENS and count > 1:
+            yield f"{piece}x{count}", learned
+        else:
+            yield from [(piece, learned)] * count
+
+
+def _printable(text: str) -> str:
+    """Without characters that drive a terminal."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def _tokens(
+    item: Conversation | Document, tokenizer: Tokenizer | None, size: str, flags: dict[str, Any]
+) -> tuple[list[str], Encoded]:
+    """Text of each token, and the tokens; without a tokenizer one is trained on the item itself."""
+    if isinstance(item, Document):
+        tokenizer = tokenizer or train_tokenizer([item.text], _VOCAB_SIZE)
+        return ["<bos>", *_pieces(item.text, tokenizer, False), "<eos>"], encode_text(item.text, tokenizer)
+    rendered = item.render(size, **flags)
+    tokenizer = tokenizer or train_tokenizer([rendered.text], _VOCAB_SIZE)
+    media = [StandIn(kind) for kind, _, _ in rendered.media]
+    with located(item.where):
+        return _pieces(expand(rendered, media).text, tokenizer, True), encode(rendered, tokenizer, media)
+
+
+def _pieces(text: str, tokenizer: Tokenizer, control_tokens: bool) -> list[str]:
+    """Of several tokens that share a character, the last has it."""
+    starts = [start for start, _ in tokenise(text, tokenizer, control_tokens).offsets]
+    return [text[start:end] for start, end in pairwise([*starts, len(text)])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, help="JSONL; without any, a built-in conversation")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json, or its folder; without it one is trained")
+    parser.add_argument("--size", choices=SIZES, default="small", help="small: E2B, E4B; large: 12B, 26B-A4B, 31B")
+    parser.add_argument("--thinking", action="store_true", help="as if every line had enable_thinking")
+    parser.add_argument("--borders", action="store_true", help=f"put {BORDER} between tokens")
+    parser.add_argument("--no-color", action="store_true", help=f"{LEFT}brackets{RIGHT} instead, as with NO_COLOR set")
+    arguments = parser.parse_args()
+    colour = not (arguments.no_color or os.environ.get("NO_COLOR"))
+    flags = {"enable_thinking": True} if arguments.thinking else {}
+    try:
+        tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
+        for item in read_conversations(arguments.files) if arguments.files else [DEMO]:
+            pieces, encoded = _tokens(item, tokenizer, arguments.size, flags)
+            total, learned = len(encoded.ids), sum(encoded.supervised)
+            print(f"{item.where}: {total} tokens, {learned} supervised ({learned / total:.1%})")
+            print(mark(pieces, encoded.supervised, colour, arguments.borders).rstrip("\n"), end="\n\n")
+    except (UserError, OSError) as error:
+        parser.exit(1, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
