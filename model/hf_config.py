@@ -187,6 +187,8 @@ def _text_fields(text: dict[str, Any]) -> dict[str, Any]:
     fields = {name: text[name] for name in _SAME_IN_TEXT if text.get(name) is not None}
     unified = str(text.get("model_type")).startswith("gemma4_unified")
     fields.setdefault("hidden_size_per_layer_input", 0 if unified else 256)
+    if unified:  # which has no such table
+        fields.setdefault("vocab_size_per_layer_input", fields.get("vocab_size", 262_144))
     fields["sliding_window_pattern"] = _pattern(text, int(text["num_hidden_layers"]))
     return fields | _full_attention_fields(text, fields) | _rope_fields(text)
 

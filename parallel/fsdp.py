@@ -28,6 +28,8 @@ from torch.distributed.fsdp import (
 from model import Gemma4
 from model.media_config import AudioConfig, VisionConfig
 
+TOWERS = ("vision_tower", "audio_tower")
+
 
 def shard(
     model: Gemma4,
@@ -73,6 +75,12 @@ def shard(
 
 
 def require_gradient_sync(model: nn.Module, required: bool) -> None:
-    """Whether the next backward reduces gradients or keeps them for the following micro-batch."""
+    """Whether the next backward reduces gradients or keeps them for the following micro-batch.
+
+    Towers always reduce: FSDP2 cannot keep the gradients of a unit that the following micro-batch may not touch.
+    """
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(required)
+    for name, module in model.named_children():
+        if name in TOWERS and isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(True)

@@ -60,7 +60,7 @@ def random_whole_config(family: str, seed: int) -> Gemma4Config:
         vision=vision,
         audio=audio,
         # The encoder-free class has no such field.
-        vocab_size_per_layer_input=262_144 if family == "12b" else text.vocab_size_per_layer_input,
+        vocab_size_per_layer_input=text.vocab_size if family == "12b" else text.vocab_size_per_layer_input,
         use_bidirectional_attention=None if family in ("e2b", "e4b") else "vision",
         boi_token_id=top - 7,
         boa_token_id=top - 6,

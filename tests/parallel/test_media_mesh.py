@@ -1,0 +1,138 @@
+"""Media that only some ranks have: the same gradients as one process, and nobody waits for anybody."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from data.batch import Batch
+from model import Gemma4, Gemma4Config
+from model.init import random_fill
+from model.media import Media
+from parallel.apply import build_parallel_model
+from parallel.fsdp import require_gradient_sync
+from parallel.mesh import World, build_mesh
+from tests.distributed import run_ranks
+from tests.model.multimodal import make_example
+from tests.model.reference import relative_error
+from tests.report import report
+from train.objective import cross_entropy
+
+CPU = torch.device("cpu")
+VARIANTS = ("gemma4_tiny_e2b", "gemma4_tiny_e4b", "gemma4_tiny_12b", "gemma4_tiny_26b_a4b", "gemma4_tiny_31b")
+ROWS: list[list[Any]] = [[6, ("image", 2, 2), 9], [30], [5, ("audio", 30), 4], [28], [3, ("video", [(2, 1)] * 2)], [25]]
+
+
+def config_of(name: str) -> Gemma4Config:
+    return Gemma4Config.from_name(name)
+
+
+def batches(config: Gemma4Config, rows: list[list[Any]]) -> list[Batch]:
+    """One batch for each row, all of one length; a variant without audio gets text for it."""
+    found = []
+    for index, row in enumerate(rows):
+        pieces = [p if isinstance(p, int) or config.audio or p[0] != "audio" else 8 for p in row]
+        example = make_example(config, [pieces], seed=index)
+        tokens, labels = example.tokens_BS[:, :48], example.labels_BS[:, :48]
+        pad = 48 - tokens.shape[1]
+        tokens = torch.nn.functional.pad(tokens, (0, pad), value=5)
+        labels = torch.nn.functional.pad(labels, (0, pad), value=-100)
+        found.append(Batch(tokens, labels, torch.arange(48)[None], torch.zeros_like(tokens), example.media))
+    return found
+
+
+def present(batch: Batch) -> tuple[bool, bool]:
+    media = batch.media or Media()
+    return media.vision is not None, media.audio is not None
+
+
+def backward(model: Gemma4, batch: Batch, others: list[Batch]) -> Tensor:
+    """As the trainer does it: every rank runs the encoders that any rank needs in this micro-batch."""
+    vision, audio = (any(flags) for flags in zip(*map(present, [batch, *others]), strict=True))
+    media = Media.on_all_ranks(batch.media, model.config, vision=vision, audio=audio)
+    loss = cross_entropy(model, Batch(**{**vars(batch), "media": media}))
+    loss.total.backward()
+    return loss.nll
+
+
+def gradients(model: Gemma4) -> dict[str, Tensor]:
+    return {
+        name.replace("_checkpoint_wrapped_module.", ""): p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "frozen", "options"),
+    [
+        *((name, 2, (), {}) for name in VARIANTS),
+        ("gemma4_tiny_e4b", 3, (), {"activation_checkpoint": "full"}),
+        ("gemma4_tiny_e4b", 2, (), {"sync": "every"}),
+        ("gemma4_tiny_e4b", 2, (), {"cpu_offload": True}),
+        ("gemma4_tiny_e4b", 2, (), {"compute_dtype": torch.bfloat16}),
+        ("gemma4_tiny_e4b", 2, ("vision_tower", "audio_tower", "embed_audio"), {}),
+        ("gemma4_tiny_12b", 3, ("vision_embedder",), {}),
+        ("gemma4_tiny_31b", 2, ("vision_tower", "embed_vision"), {"activation_checkpoint": "full"}),
+    ],
+    ids=str,
+)
+def test_media_on_some_ranks_give_the_gradients_of_one_process(
+    name: str, ranks: int, frozen: tuple[str, ...], options: dict[str, Any]
+) -> None:
+    config = config_of(name)
+    options = dict(options)
+    sync = options.pop("sync", "last")
+    data = batches(config, ROWS)
+
+    def run(world: World) -> tuple[float, dict[str, Tensor]]:
+        fill = random_fill(3, 0.2, 0)
+        model = build_parallel_model(config, build_mesh(CPU, 1, world.size), CPU, fill, frozen=frozen, **options)
+        total = torch.zeros(())
+        accumulation = len(data) // world.size
+        for step in range(accumulation):
+            require_gradient_sync(model, sync == "every" or step == accumulation - 1)
+            mine = data[step * world.size : (step + 1) * world.size]
+            total += backward(model, mine[world.rank], mine).detach()
+        torch.distributed.all_reduce(total)
+        return float(total), gradients(model)
+
+    (alone, expected), *_ = run_ranks(1, run)
+    for found_loss, found in run_ranks(ranks, run):
+        assert found.keys() == expected.keys()
+        worst = max(relative_error(found[name], expected[name]) for name in found)
+        rounding = 1 if "compute_dtype" not in options else 300
+        assert abs(found_loss / alone - 1) < 1e-6 * rounding
+        assert worst < 1e-4 * rounding
+    trained = {name.partition(".")[0] for name in expected}
+    encoders = {"vision_tower", "vision_embedder", "embed_vision", "audio_tower", "embed_audio"}
+    with torch.device("meta"):
+        exist = {n for n, _ in Gemma4(config).named_children()}
+    assert trained == (exist & (encoders | {"language_model"})) - set(frozen)
+    report(
+        "Media on some ranks against one process",
+        {
+            "variant": name.removeprefix("gemma4_"),
+            "ranks": ranks,
+            "frozen": ", ".join(frozen) or "none",
+            "options": ", ".join(f"{k}={v}" for k, v in {"sync": sync, **options}.items()),
+            "rel. dloss": f"{abs(found_loss / alone - 1):.1e}",
+            "worst gradient": f"{worst:.1e}",
+        },
+    )
+
+
+def test_a_batch_of_text_touches_no_encoder() -> None:
+    config = config_of("gemma4_tiny_e4b")
+    data = batches(config, [[30], [28]])
+
+    def run(world: World) -> set[str]:
+        model = build_parallel_model(config, build_mesh(CPU, 1, world.size), CPU, random_fill(3, 0.2, 0))
+        backward(model, data[world.rank], data)
+        return {name.partition(".")[0] for name in gradients(model)}
+
+    assert run_ranks(2, run) == [{"language_model"}] * 2
