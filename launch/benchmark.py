@@ -3,6 +3,7 @@
 python -m launch.benchmark loss         # fused linear cross entropy against the plain one, peak memory and time
 python -m launch.benchmark attention    # a sliding layer: blocked kernel against SDPA with a mask
 python -m launch.benchmark supervised   # a training step that skips unsupervised work against one that does not
+python -m launch.benchmark load         # host memory of two ranks that load a checkpoint of 6.3 GB
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from launch.load_memory import load
 from model import Gemma4, Gemma4Config
 from model.attention_kernels import blocked
 from model.head import linear_cross_entropy, softcapped_logits
@@ -141,10 +143,13 @@ def supervised(rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("loss", "attention", "supervised"))
+    parser.add_argument("what", choices=("loss", "attention", "supervised", "load"))
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds (the loss runs once per process)")
     arguments = parser.parse_args()
-    {"loss": loss, "attention": attention, "supervised": supervised}[arguments.what](arguments.rounds)
+    if arguments.what == "load":
+        load()
+    else:
+        {"loss": loss, "attention": attention, "supervised": supervised}[arguments.what](arguments.rounds)
 
 
 if __name__ == "__main__":

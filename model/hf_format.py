@@ -30,6 +30,7 @@ TEXT_PREFIXES = (("language_model.", "model."),)
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _ELEMENTS_PER_PIECE = 1 << 24
+_ELEMENTS_MAPPED = 1 << 28
 _IGNORED = re.compile(r"(^|\.)(lm_head\.weight|\w*inv_freq|embed_scale|inv_timescales|softcap)$")
 _CONSUMER_KV = re.compile(r"^language_model\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm)\.weight$")
 _ENCODERS = {
@@ -98,11 +99,23 @@ class Weights:
             by_file.setdefault(self.entries[part.name].file, []).append(part)
         for file, parts in by_file.items():
             try:
-                with safe_open(file, framework="pt") as opened:
-                    for part in parts:
-                        _copy(opened, self.entries[part.name], part)
+                for together in _batches(parts):
+                    with safe_open(file, framework="pt") as opened:
+                        for part in together:
+                            _copy(opened, self.entries[part.name], part)
             except (SafetensorError, OSError) as error:
                 raise WeightsError(f"{file} cannot be read ({error}); fetch it again.") from None
+
+
+def _batches(parts: list[Slice]) -> Iterator[list[Slice]]:
+    """Parts of one file to read before it is opened anew: what was read stays mapped, and counts as memory."""
+    batch: list[Slice] = []
+    for part in parts:
+        batch.append(part)
+        if sum(p.local.numel() for p in batch) > _ELEMENTS_MAPPED:
+            yield batch
+            batch = []
+    yield batch
 
 
 @torch.no_grad()
