@@ -15,6 +15,10 @@ from model.variants import variant_fields
 LayerType = Literal["sliding_attention", "full_attention"]
 
 
+_ENCODER_CLASSES: dict[str, tuple[type, ...]] = {
+    "vision": (VisionConfig, VisionEmbedderConfig),
+    "audio": (AudioConfig, AudioEmbedderConfig),
+}
 _AT_LEAST_ONE = (
     "vocab_size",
     "hidden_size",
@@ -162,6 +166,11 @@ class Gemma4Config:
         """Index of the first layer that makes no keys and values; `num_hidden_layers` if all do."""
         return self.num_hidden_layers - self.num_kv_shared_layers
 
+    @property
+    def sees_images_both_ways(self) -> bool:
+        """Whether, on sliding layers, the soft tokens of one image see each other both ways."""
+        return self.vision is not None and self.use_bidirectional_attention == "vision"
+
     def layer(self, index: int) -> LayerConfig:
         types = self.layer_types
         full = types[index] == "full_attention"
@@ -191,6 +200,17 @@ class Gemma4Config:
         Raises `ConfigError` naming the nearest variant if there is none of that name.
         """
         return cls(**(variant_fields(name) | overrides))
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Gemma4Config:
+        """The inverse of `dataclasses.asdict`, also after a pass through JSON."""
+        fields = dict(fields)
+        for name, kinds in _ENCODER_CLASSES.items():
+            if isinstance(fields.get(name), dict):
+                values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields[name].items()}
+                kind = next(kind for kind in kinds if {f.name for f in dataclasses.fields(kind)} == values.keys())
+                fields[name] = kind(**values)
+        return cls(**fields)
 
     @classmethod
     def from_hf(cls, source: Path | str | dict[str, Any]) -> Gemma4Config:

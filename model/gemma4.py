@@ -12,7 +12,7 @@ from model.decoder import DecoderLayer, KeyValueStore, LayerContext, decode
 from model.head import softcapped_logits
 from model.init import init_parameters
 from model.masks import AttentionMask, attention_mask
-from model.media import AUDIO, TEXT, Media, token_types
+from model.media import TEXT, Media, is_vision, token_types
 from model.media_config import AudioConfig, VisionConfig
 from model.norm import RMSNorm
 from model.per_layer_embedding import per_layer_inputs, scaled_embedding
@@ -155,7 +155,6 @@ class Gemma4(nn.Module):
     def _masks(self, types_BS: Tensor, document_ids: Tensor | None) -> dict[LayerType, AttentionMask]:
         """Causal; on sliding layers of 12B, 26B and 31B an image's soft tokens see each other both ways."""
         config = self.config
-        both_ways = config.vision is not None and config.use_bidirectional_attention == "vision"
         masks: dict[LayerType, AttentionMask] = {}
         for kind in dict.fromkeys(config.layer_types):
             sliding = kind == "sliding_attention"
@@ -163,7 +162,7 @@ class Gemma4(nn.Module):
                 *types_BS.shape,
                 window=config.sliding_window if sliding else None,
                 document_ids_BS=document_ids,
-                vision_BS=(types_BS != TEXT) & (types_BS != AUDIO) if sliding and both_ways else None,
+                vision_BS=is_vision(types_BS) if sliding and config.sees_images_both_ways else None,
                 device=types_BS.device,
             )
         return masks

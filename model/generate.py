@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 from model.attention import KeyValue
 from model.config import Gemma4Config, LayerType
 from model.gemma4 import Gemma4
-from model.masks import AttentionMask
+from model.masks import AttentionMask, run_ends
+from model.media import Media, is_vision, token_types
 
 
 @dataclass
@@ -34,51 +36,73 @@ class Cache:
         return KeyValue(*(t.flatten(0, 1) for t in both))
 
 
-@torch.no_grad()
 def generate(
     model: Gemma4,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
+    stop: Sequence[int] = (),
+    **options: Any,
+) -> list[list[int]]:
+    """Continuations of each prompt, up to and including its first stop token; options as of `stream`."""
+    rows: list[list[int]] = [[] for _ in prompts]
+    for tokens in stream(model, prompts, max_new_tokens, stop=stop, **options):
+        for row, token in zip(rows, tokens, strict=True):
+            row.append(token)
+    return [_until_stop(row, set(stop)) for row in rows]
+
+
+@torch.no_grad()
+def stream(
+    model: Gemma4,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    images: Sequence[tuple[Tensor, Tensor]] = (),
+    clips: Sequence[Tensor] = (),
     temperature: float = 1.0,
     top_k: int = 64,
     top_p: float = 0.95,
     stop: Sequence[int] = (),
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
-) -> list[list[int]]:
-    """Continuations of each prompt, up to and including its first stop token.
+) -> Iterator[list[int]]:
+    """The next token of every prompt, step by step, until all have met a stop token.
 
-    temperature 0 is greedy. Prompts of different length are padded on the left; a padded
+    temperature 0 is greedy. images and clips: what the prompts' media tokens stand for, as
+    `Media.build` takes them. Prompts of different length are padded on the left; a padded
     position is invisible.
     """
-    length = max(map(len, prompts))
+    config, length = model.config, max(map(len, prompts))
     padding = torch.tensor([length - len(prompt) for prompt in prompts], device=device)
-    tokens = torch.tensor([[0] * (length - len(p)) + list(p) for p in prompts], device=device)
-    cache, past = Cache(model.config, len(prompts)), 0
+    rows = torch.tensor([[config.pad_token_id] * (length - len(p)) + list(p) for p in prompts])
+    media = Media.build(config, rows, images, clips).to(torch.device(device)) if images or clips else None
+    tokens = rows.to(device)
+    types_BS: Tensor | None = token_types(config, tokens)
+    cache, past = Cache(config, len(prompts)), 0
     last = torch.zeros_like(tokens, dtype=torch.bool)
     last[:, -1] = True
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     stops = torch.tensor(list(stop), dtype=torch.long, device=device)
-    produced: list[Tensor] = []
     for _ in range(max_new_tokens):
         positions = torch.arange(past, past + tokens.shape[1], device=device)
         hidden = model(
             tokens,
             positions=(positions[None, :] - padding[:, None]).clamp_min(0),
             supervised=last,
-            masks=cache_masks(model.config, past, tokens.shape[1], padding),
+            media=media,
+            masks=cache_masks(config, past, tokens.shape[1], padding, types_BS),
             store=cache.store,
         )
         past += tokens.shape[1]
         # On the CPU, where every operation has a deterministic form.
         choice = sample(model.logits(hidden).float().cpu(), temperature, top_k, top_p, generator).to(device)
-        produced.append(choice)
+        yield choice.tolist()
         done |= torch.isin(choice, stops)
         if bool(done.all()):
-            break
+            return
         tokens, last = choice[:, None], torch.ones_like(choice[:, None], dtype=torch.bool)
-    return [_until_stop(row, set(stop)) for row in torch.stack(produced, dim=1).tolist()]
+        media = types_BS = None
 
 
 def sample(
@@ -94,20 +118,28 @@ def sample(
     return indices.gather(1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
 
 
-def cache_masks(config: Gemma4Config, past: int, new: int, padding: Tensor) -> dict[LayerType, AttentionMask]:
-    """Masks of `new` positions after `past` cached ones; a sliding layer's keys start where its cache does."""
+def cache_masks(
+    config: Gemma4Config, past: int, new: int, padding: Tensor, types_BS: Tensor | None = None
+) -> dict[LayerType, AttentionMask]:
+    """Masks of `new` positions after `past` cached ones; a sliding layer's keys start where its cache does.
+
+    types_BS: token types of a prompt, whose images are seen both ways where the variant does so.
+    """
     num_rows = len(padding)
     position = torch.arange(past, past + new, device=padding.device).repeat(num_rows)
     row = torch.arange(num_rows, device=padding.device).repeat_interleave(new)
     masks: dict[LayerType, AttentionMask] = {}
     for kind in dict.fromkeys(config.layer_types):
-        first, dropped = padding[row], 0
+        first, last, dropped = padding[row], position, 0
         if kind == "sliding_attention":
+            if types_BS is not None and config.sees_images_both_ways:
+                vision_BS = is_vision(types_BS)
+                last = run_ends(vision_BS, torch.zeros_like(vision_BS), position.view_as(types_BS)).flatten()
             first = torch.maximum(first, position - (config.sliding_window - 1))
             dropped = max(0, past - (config.sliding_window - 1))
         first = torch.minimum(first, position)  # a padded position sees itself alone
         masks[kind] = AttentionMask(
-            row, position - dropped, first - dropped, position - dropped, num_rows, past + new - dropped
+            row, position - dropped, first - dropped, last - dropped, num_rows, past + new - dropped
         )
     return masks
 

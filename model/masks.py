@@ -151,7 +151,7 @@ def attention_mask(
     if document_ids_BS is not None:
         starts_BS[:, 1:] = document_ids_BS[:, 1:] != document_ids_BS[:, :-1]
         first_BS = torch.where(starts_BS, position_BS, 0).cummax(dim=1).values
-    last_BS = position_BS if vision_BS is None else _run_ends(vision_BS, starts_BS, position_BS)
+    last_BS = position_BS if vision_BS is None else run_ends(vision_BS, starts_BS, position_BS)
     if window is not None:
         first_BS = torch.maximum(first_BS, position_BS - (window - 1))
     row_BS = torch.arange(num_rows, device=device)[:, None].expand(num_rows, num_keys)
@@ -170,7 +170,7 @@ def segment_mask(lengths: Sequence[int], device: torch.device) -> AttentionMask:
     return AttentionMask(torch.zeros_like(position_T), position_T, first_T, last_T, 1, total)
 
 
-def _run_ends(vision_BS: Tensor, starts_BS: Tensor, position_BS: Tensor) -> Tensor:
+def run_ends(vision_BS: Tensor, starts_BS: Tensor, position_BS: Tensor) -> Tensor:
     """Last position of the run of vision tokens that each position lies in, of one document; itself elsewhere."""
     goes_on_BS = torch.zeros_like(vision_BS)  # into the next position
     goes_on_BS[:, :-1] = vision_BS[:, :-1] & vision_BS[:, 1:] & ~starts_BS[:, 1:]

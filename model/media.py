@@ -95,7 +95,7 @@ class Media:
         `MediaError` if the number of soft tokens is not that of the placeholders.
         """
         types_BS = token_types(config, tokens_BS)
-        vision_rows = ((types_BS == IMAGE) | (types_BS == VIDEO)).flatten().nonzero()[:, 0]
+        vision_rows = is_vision(types_BS).flatten().nonzero()[:, 0]
         audio_rows = (types_BS == AUDIO).flatten().nonzero()[:, 0]
         vision = pack_patches(config, images, vision_rows) if images else None
         audio = pack_frames(config, clips, audio_rows) if clips else None
@@ -113,6 +113,11 @@ def token_types(config: Gemma4Config, tokens: Tensor) -> Tensor:
     if config.audio is not None:
         types = types.masked_fill(tokens == config.audio_token_id, AUDIO)
     return types
+
+
+def is_vision(types: Tensor) -> Tensor:
+    """Where a token stands for a part of an image or video frame."""
+    return (types == IMAGE) | (types == VIDEO)
 
 
 def pack_patches(config: Gemma4Config, images: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> Patches:

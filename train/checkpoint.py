@@ -61,14 +61,18 @@ class _Background:
 class Checkpointer:
     """One run's checkpoints in an existing folder. All methods are collective unless they say otherwise."""
 
-    def __init__(self, folder: Path, *, keep: int, asynchronous: bool) -> None:
-        """Raises `CheckpointError` if the ranks do not see one and the same folder."""
-        self.folder, self.keep, self.asynchronous = folder, keep, asynchronous
+    def __init__(self, folder: Path, *, keep: int, asynchronous: bool, writing: bool = True) -> None:
+        """Raises `CheckpointError` if the ranks do not see one and the same folder.
+
+        writing: whether this is the run that owns the folder, and may clear away what a kill left behind.
+        """
+        self.folder, self.keep, self.asynchronous, self._writing = folder, keep, asynchronous, writing
         self.rank = dist.get_rank()
         self._group = dist.new_group(backend="gloo")
         self._pending: tuple[Path, _Background] | None = None
-        self._require_shared_folder()
-        if self.rank == 0:  # what a killed save or prune left behind
+        if writing:
+            self._require_shared_folder()
+        if writing and self.rank == 0:  # what a killed save or prune left behind
             for leftover in folder.glob(".step_*"):
                 shutil.rmtree(leftover)
         dist.barrier(self._group)
@@ -190,7 +194,7 @@ class Checkpointer:
         for folder in reversed(found):
             damage = self._damage(folder)
             if damage is None:
-                if self.rank == 0:
+                if self.rank == 0 and self._writing:
                     self._point_latest(folder)  # a kill may have come between the rename and this
                 return folder
             log.warning("checkpoint %s is damaged (%s); trying the one before", folder.name, damage)

@@ -77,9 +77,9 @@ def progress_from(checkpoint: Path, asked: Progress) -> Progress:
         raise ConfigError(f"checkpoint {checkpoint} lacks {missing[0]} in its state.json; give another.")
     saved = Progress(**{f.name: state[f.name] for f in fields(Progress)})
     for key, value in asked.model.items():
-        if saved.model.get(key) != value:
+        if key in saved.model and saved.model[key] != value:
             raise ConfigError(
-                f"checkpoint {checkpoint} has model.{key}={saved.model.get(key)}, this run {value}; "
+                f"checkpoint {checkpoint} has model.{key}={saved.model[key]}, this run {value}; "
                 "use that value, or choose another run.dir."
             )
     if saved.data["tokenizer"] != asked.data["tokenizer"]:

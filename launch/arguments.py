@@ -1,0 +1,64 @@
+"""KEY=VALUE arguments of the launch commands, checked against a dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from model.errors import UserError, nearest
+
+T = TypeVar("T")
+
+
+def parse(schema: type[T], arguments: list[str]) -> T:
+    """A `schema` from KEY=VALUE texts. A list field takes its key once for each item.
+
+    Raises `UserError` for an unknown key, a wrong type, or a field without default that is not given.
+    """
+    hints = get_type_hints(schema)
+    values: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if key not in hints:
+            raise UserError(f"{key} is no argument; nearest: {nearest(key, hints)} (all: {', '.join(hints)}).")
+        if not equals:
+            raise UserError(f"'{argument}' is not KEY=VALUE; write {key}=....")
+        if hints[key] == list[str]:
+            values.setdefault(key, []).append(text)
+        else:
+            values[key] = _convert(key, text, hints[key])
+    for field in dataclasses.fields(schema):  # type: ignore[arg-type]
+        given = field.name in values
+        if not given and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{field.name}=... is missing; --help shows an example.")
+    return schema(**values)
+
+
+def run(schema: type[T], command: Callable[[T], None], doc: str | None) -> None:
+    """Parse the command line, run, and turn a mistake into one line and exit status 1."""
+    arguments = sys.argv[1:]
+    if not arguments or {"-h", "--help"}.intersection(arguments):
+        print((doc or "").strip())
+        sys.exit(0 if arguments else 1)
+    try:
+        command(parse(schema, arguments))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {error}; mend it and run again.")
+
+
+def _convert(key: str, text: str, hint: Any) -> Any:
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    kind = kinds[0]
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"{key}={text} has the wrong type; {key} is true or false.")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        what = {int: "a whole number", float: "a number"}[kind]
+        raise UserError(f"{key}={text} has the wrong type; {key} is {what}.") from None

@@ -1,0 +1,94 @@
+"""Every variant with its sizes, features and parameter counts.
+
+python -m launch.variants
+python -m launch.variants e4b 31b        # some of them
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from model import Gemma4, Gemma4Config, UserError
+from model.media_config import AudioConfig, VisionConfig
+from model.variants import HUB_IDS, VARIANT_NAMES
+
+VERIFIED = (
+    "Verified for each of the five kinds, on a CPU in float32, against small transformers models of random weights:\n"
+    "logits and every gradient for text, images, video and sound; import and export byte for byte; exact counts.\n"
+    "Not verified: the released weights themselves, and anything on a GPU."
+)
+
+
+def parameters(config: Gemma4Config) -> dict[str, int]:
+    """Counts on `meta`: total, token and per-layer tables, text parameters a token uses, vision, audio."""
+    with torch.device("meta"):
+        model = Gemma4(config)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+
+    def count(*parts: str) -> int:
+        return sum(size for name, size in sizes.items() if any(part in name for part in parts))
+
+    experts, active = count(".experts."), 0
+    if config.enable_moe_block:
+        assert config.num_experts and config.top_k_experts
+        active = experts * config.top_k_experts // config.num_experts
+    return {
+        "total": sum(sizes.values()),
+        "tables": count("embed_tokens"),
+        "active text": count("language_model.") - experts + active,
+        "vision": count("vision_tower.", "vision_embedder.", "embed_vision."),
+        "audio": count("audio_tower.", "embed_audio."),
+    }
+
+
+def features(config: Gemma4Config) -> str:
+    found = [
+        f"KV shared by {config.num_kv_shared_layers} layers" if config.num_kv_shared_layers else "",
+        "per-layer embeddings" if config.hidden_size_per_layer_input else "",
+        "double-wide MLP" if config.use_double_wide_mlp else "",
+        "K = V" if config.attention_k_eq_v else "",
+        f"{config.num_experts} experts, top {config.top_k_experts}" if config.enable_moe_block else "",
+        "vision tower" if isinstance(config.vision, VisionConfig) else "patch embedder" if config.vision else "",
+        "audio tower" if isinstance(config.audio, AudioConfig) else "waveform embedder" if config.audio else "",
+        "images both ways" if config.sees_images_both_ways else "",
+    ]
+    return ", ".join(part for part in found if part)
+
+
+def row(name: str) -> dict[str, Any]:
+    config = Gemma4Config.from_name(name)
+    full = sum(kind == "full_attention" for kind in config.layer_types)
+    shape = f"{config.num_hidden_layers} ({full} full) x {config.hidden_size}"
+    heads = f"{config.num_attention_heads}/{config.num_key_value_heads}"
+    if config.attention_k_eq_v and config.num_global_key_value_heads:
+        heads += f" (full /{config.num_global_key_value_heads})"
+    counts = {key: f"{value:,}" for key, value in parameters(config).items()}
+    return {"name": name, "layers x width": shape, "heads/KV": heads, "window": config.sliding_window, **counts} | {
+        "features": features(config),
+        "weights": HUB_IDS.get(name, "none: trained from scratch"),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Columns as wide as their widest cell."""
+    cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="registered names, `gemma4_` may be left out; without any, all")
+    names = parser.parse_args().names
+    try:
+        print(table([row(f"gemma4_{name.removeprefix('gemma4_')}") for name in names or VARIANT_NAMES]))
+    except UserError as error:
+        parser.exit(1, f"error: {error}\n")
+    print(f"\n{VERIFIED}")
+
+
+if __name__ == "__main__":
+    main()

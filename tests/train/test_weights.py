@@ -1,0 +1,135 @@
+"""Training runs that start from a released checkpoint, resume without it, and hand one back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Gemma4ForConditionalGeneration
+
+from data.tokenizer import train_tokenizer
+from model import ConfigError, Gemma4Config, UserError
+from model.hub import load_model
+from tests.distributed import run_ranks
+from tests.model.multimodal import save_reference, whole_reference
+from tests.runs import losses, make_corpus, overrides, train_on, train_once
+from train.config import load_config
+from train.export import MANIFEST
+
+NAME = "gemma4_tiny_e4b"
+VOCAB = 600
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A multimodal checkpoint in bfloat16, written by transformers, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("released")
+    media = ("boi", "boa", "image", "audio", "eoi", "eoa", "video")
+    ids = {f"{name}_token_id": VOCAB - 7 + i for i, name in enumerate(media)}
+    config = Gemma4Config.from_name(NAME, vocab_size=VOCAB, vocab_size_per_layer_input=VOCAB, hidden_size=64, **ids)
+    save_reference(whole_reference(config, 0).bfloat16(), folder)
+    corpus = json.loads(make_corpus(folder).read_text().splitlines()[3])["text"]
+    train_tokenizer([corpus], VOCAB).save(str(folder / "tokenizer.json"))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 106, 50], "suppress_tokens": [9]}')
+    return folder
+
+
+def arguments(tmp_path: Path, released: Path, *more: str) -> list[str]:
+    small = [a for a in overrides(tmp_path) if not a.startswith(("model.", "data.tokenizer_vocab_size"))]
+    return [*small, f"model.weights={released}", *more]
+
+
+def test_the_first_loss_is_that_of_the_weights_and_every_mesh_goes_on_alike(released: Path, tmp_path: Path) -> None:
+    train_on(1, arguments(tmp_path, released, f"run.dir={tmp_path / 'one'}"))
+    train_on(2, arguments(tmp_path, released, f"run.dir={tmp_path / 'two'}"))
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert max(abs(a / b - 1) for a, b in zip(one, two, strict=True)) < 1e-5
+    fresh = [a for a in arguments(tmp_path, released) if not a.startswith("model.weights")]
+    sizes = [f"model.name={NAME}", f"model.vocab_size={VOCAB}", f"model.vocab_size_per_layer_input={VOCAB}"]
+    train_on(1, [*fresh, *sizes, f"data.tokenizer={released}", f"run.dir={tmp_path / 'fresh'}", "model.hidden_size=64"])
+    assert abs(losses(tmp_path / "fresh")[0] / one[0] - 1) > 0.1
+
+
+def test_frozen_encoders_come_out_as_they_went_in_and_the_text_does_not(released: Path, tmp_path: Path) -> None:
+    train_on(2, arguments(tmp_path, released, "export.at_end=true", "train.steps=3"))
+    out = tmp_path / "run" / "export" / "step_00000003"
+    again, info = Gemma4ForConditionalGeneration.from_pretrained(
+        out, dtype="auto", output_loading_info=True, local_files_only=True
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    before, after = load_model(released).state_dict(), load_model(out).state_dict()
+    assert again.dtype == torch.bfloat16 and before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith("language_model.") for name in moved)
+    assert json.loads((out / "generation_config.json").read_text())["suppress_tokens"] == [9]
+    assert (out / "tokenizer.json").read_bytes() and (out / MANIFEST).is_file()
+
+
+def test_a_run_goes_on_although_its_source_is_gone(released: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(released, tmp_path / "source"))
+    train_on(2, arguments(tmp_path, released, f"run.dir={tmp_path / 'whole'}", "train.steps=6"))
+    train_on(2, arguments(tmp_path, source, "train.steps=6", "checkpoint.every=3", "train.log_every=1"))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
+    shutil.rmtree(source)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    train_on(2, arguments(tmp_path, source, "train.steps=6", "checkpoint.every=3"))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")[3:]
+
+
+@pytest.mark.parametrize(
+    ("more", "trained"),
+    [
+        ([], set()),
+        (["model.vision=train"], {"vision_tower", "embed_vision"}),
+        (["model.vision=projector", "model.audio=none"], {"embed_vision"}),
+        (["model.audio=projector"], {"embed_audio"}),
+    ],
+    ids=str,
+)
+def test_what_is_trained_is_what_the_optimizer_holds(
+    more: list[str], trained: set[str], released: Path, tmp_path: Path
+) -> None:
+    from parallel.mesh import World
+    from train.trainer import Trainer
+
+    def names(world: World) -> set[str]:
+        trainer = Trainer(load_config(arguments(tmp_path, released, *more)), world, torch.device("cpu"))
+        owned = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+        found = {name.partition(".")[0] for name, p in trainer.model.named_parameters() if id(p) in owned}
+        assert "audio_tower" not in dict(trainer.model.named_children()) or "model.audio=none" not in more
+        return found
+
+    assert run_ranks(1, names) == [{"language_model"} | trained]
+
+
+def test_an_encoder_no_batch_touched_is_saved_and_found_again(released: Path, tmp_path: Path) -> None:
+    """Its optimizer state exists from the start, so a checkpoint's keys do not depend on the data."""
+    more = ("model.vision=train", "model.audio=train", "train.steps=4", "checkpoint.every=2")
+    train_on(2, arguments(tmp_path, released, *more))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000004")
+    whole = losses(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    run_ranks(2, lambda world: train_once(arguments(tmp_path, released, *more), world)["step"])
+    assert losses(tmp_path / "run") == whole[2:]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["model.weights=/nowhere"], "neither a folder nor a hub id"),
+        (["model.vision=freez"], "model.vision=freez does not exist; nearest: freeze"),
+        (["model.hidden_size=32"], "has shape .* where config.json makes it"),
+        (["export.dtype=float8"], "export.dtype=float8 does not exist; nearest: float32"),
+    ],
+)
+def test_what_cannot_work_is_refused(more: list[str], message: str, released: Path, tmp_path: Path) -> None:
+    with pytest.raises((UserError, AssertionError), match=message):
+        train_on(1, arguments(tmp_path, released, *more))
+
+
+def test_an_encoder_that_the_variant_lacks_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model.audio=train, but this model has no audio encoder; legal: none\.$"):
+        load_config(["+variant=tiny_31b", "model.audio=train"])
