@@ -32,7 +32,7 @@ from train.checkpoint import Checkpointer
 from train.config import Config
 from train.export import Origin, export
 from train.faults import StopRequest
-from train.flops import batch_work, peak_flops, training_flops
+from train.flops import batch_work, media_flops, peak_flops, training_flops
 from train.metrics import Meter, step_line
 from train.objective import Loss, build_objective
 from train.optimizer import build_optimizer, set_learning_rate
@@ -53,6 +53,7 @@ class Trainer:
         self.config, self.world, self.device = config, world, device
         self.stop = StopRequest()
         self.model_config: Gemma4Config = config.gemma4()
+        self.frozen = config.frozen()
         sizes = data_parallel_sizes(world.size, config.parallel.dp_replicate, config.parallel.dp_shard)
         self.micro_batch_size = micro_batch_size(
             config.train.global_batch_size, config.train.micro_batch_size, world.size
@@ -81,7 +82,7 @@ class Trainer:
             build_mesh(device, *sizes),
             device,
             self._initial_values(checkpoint is not None),
-            frozen=config.frozen(),
+            frozen=self.frozen,
             compute_dtype=self.dtype,
             activation_checkpoint=config.activation_checkpoint.mode,
             reshard_after_forward=config.parallel.reshard_after_forward,
@@ -159,7 +160,8 @@ class Trainer:
         supervised, tokens, flops, stops, written, *present = self._summed(
             sum(work.supervised for work in works),
             sum(work.tokens for work in works),
-            sum(training_flops(self.model_config, work) for work in works),
+            sum(training_flops(self.model_config, work) for work in works)
+            + sum(media_flops(self.model_config, media, self.frozen) for media in parts),
             bool(self.stop),
             self.checkpointer.written,
             *(part is not None for media in parts for part in (media.vision, media.audio)),

@@ -15,9 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.batch import Batch
 from model import Gemma4, Gemma4Config
 from model.masks import attention_mask
+from model.media_config import AudioConfig, VisionConfig
+from tests.model.multimodal import make_example
 from tests.runs import overrides, train_on
 from train.config import OptimizerConfig, ScheduleConfig
-from train.flops import batch_work, training_flops
+from train.flops import batch_work, media_flops, training_flops
 from train.metrics import Meter, step_line
 from train.optimizer import build_optimizer
 from train.schedule import learning_rate
@@ -92,6 +94,39 @@ def test_counted_operations_equal_those_of_the_matrix_products(variant: str, few
             mask = mask.select(supervised.flatten().nonzero()[:, 0])
         scores += 4 * int(mask.dense().sum()) * config.num_attention_heads * layer.head_dim
     assert training_flops(config, batch_work(config, batch)) == 3 * (products + scores)
+
+
+@pytest.mark.parametrize("variant", ["e4b", "12b", "31b"])
+def test_counted_operations_of_encoders_equal_those_of_their_products(variant: str) -> None:
+    """Convolutions and products by torch's counter; scores, which its windows hide, by their number."""
+    config = Gemma4Config.from_name(f"gemma4_tiny_{variant}")
+    rows: list[list[Any]] = [[("image", 2, 2), ("video", [(1, 3), (2, 1)])]]
+    frames = (33, 50)
+    rows[0] += [("audio", count) for count in frames] if config.audio else []
+    example = make_example(config, rows, seed=0)
+    assert example.media is not None
+    model = Gemma4(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    x_TD = torch.zeros(example.tokens_BS.numel(), config.hidden_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model._scatter(x_TD, example.media)
+    counted = counter.get_flop_counts()["Global"]
+    expected = sum(n for op, n in counted.items() if op is not torch.ops.aten.bmm)
+    if isinstance(config.vision, VisionConfig):
+        width = config.vision.num_attention_heads * config.vision.head_dim
+        assert example.media.vision is not None
+        pairs = sum(length**2 for length in example.media.vision.lengths)
+        expected += config.vision.num_hidden_layers * 4 * pairs * width
+    if isinstance(config.audio, AudioConfig):
+        counts = [config.audio.num_tokens(n) for n in frames]
+        pairs = sum(sum(min(i + 1, 12) for i in range(count)) for count in counts)
+        expected += config.audio.num_hidden_layers * 6 * pairs * config.audio.hidden_size
+        # The tower multiplies the relative table once for all clips, and pads clips to one length before it.
+        expected += 2 * config.audio.num_hidden_layers * 12 * config.audio.hidden_size**2
+    found = media_flops(
+        config, example.media, frozen=("vision_tower", "vision_embedder", "embed_vision")
+    ) + media_flops(config, example.media, frozen=("audio_tower", "embed_audio"))
+    assert found / 4 == pytest.approx(expected, rel=0.02)
 
 
 def test_released_sizes_cost_six_operations_per_active_parameter_and_token() -> None:
