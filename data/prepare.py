@@ -14,7 +14,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,21 +47,26 @@ def prepare(source: str, tokenizer: Path | None, vocab_size: int, cache: Path | 
     several processes at once: the first to finish wins, the others take its result.
     """
     files = source_files(source)
-    cache = cache or default_cache()
-    folder = cache / "corpora" / _digest(source, files, tokenizer, vocab_size)
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
-        try:
-            _make(aside, files, tokenizer, vocab_size)
-            aside.chmod(0o755)  # others may share the cache; temporary folders are private
-            aside.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+    folder = (cache or default_cache()) / "corpora" / _digest(source, files, tokenizer, vocab_size)
+    made_once(folder, lambda aside: _make(aside, files, tokenizer, vocab_size))
     return Corpus(folder, TokenShard(folder), load_tokenizer(folder))
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> None:
+    """Unless `folder` is there, have `make` fill an empty folder aside and move it into place whole."""
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
+    try:
+        make(aside)
+        aside.chmod(0o755)  # others may share the cache; temporary folders are private
+        aside.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _make(folder: Path, files: list[Path], tokenizer_path: Path | None, vocab_size: int) -> None:
@@ -93,13 +98,19 @@ def _tokenise(tokenizer: Tokenizer, files: list[Path]) -> Iterator[list[int]]:
 
 
 def _digest(source: str, files: list[Path], tokenizer: Path | None, vocab_size: int) -> str:
-    """The library is small and each node has its own copy, so it is known by content; files by place, size and date."""
-    digest = hashlib.sha256(f"{_FORMAT}/{vocab_size if tokenizer is None else 'given'}".encode())
+    """The library is small and each node has its own copy, so it is known by content."""
+    settings = f"{_FORMAT}/{vocab_size if tokenizer is None else 'given'}"
+    return digest_of(settings, tokenizer, files, by_content=source == PYTHON_STDLIB)
+
+
+def digest_of(settings: str, tokenizer: Path | None, files: list[Path], by_content: bool = False) -> str:
+    """Name of a corpus made from all this; files are known by place, size and date unless `by_content`."""
+    digest = hashlib.sha256(settings.encode())
     if tokenizer is not None:
         path = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
         digest.update(path.read_bytes() if path.is_file() else b"")
     for path in files:
-        if source == PYTHON_STDLIB:
+        if by_content:
             digest.update(path.read_bytes())
             continue
         status = path.stat()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,10 @@ _META, _TOKENS, _OFFSETS = "meta.json", "tokens.bin", "offsets.npy"
 
 class ShardError(UserError):
     """A damaged corpus."""
+
+
+def damaged(folder: Path, how: str) -> ShardError:
+    return ShardError(f"corpus {folder} {how}; delete the folder to prepare it again.")
 
 
 def write_shard(folder: Path, documents: Iterable[list[int]], vocab_size: int) -> None:
@@ -36,24 +41,26 @@ def write_shard(folder: Path, documents: Iterable[list[int]], vocab_size: int) -
     (folder / _META).write_text(json.dumps(meta))
 
 
+def add_facts(folder: Path, **facts: Any) -> None:
+    """Write more into the meta.json of a written shard."""
+    meta = json.loads((folder / _META).read_text())
+    (folder / _META).write_text(json.dumps(meta | facts))
+
+
 class TokenShard:
     """Read access to a written shard. Raises `ShardError` if files are missing or sizes disagree."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         try:
-            meta = json.loads((folder / _META).read_text())
+            self.meta = meta = json.loads((folder / _META).read_text())
             self.offsets: NDArray[np.int64] = np.load(folder / _OFFSETS)
             self.tokens = np.memmap(folder / _TOKENS, dtype=meta["dtype"], mode="r")
             self.vocab_size: int = meta["vocab_size"]
         except (OSError, EOFError, ValueError, KeyError) as error:
-            raise ShardError(
-                f"corpus {folder} cannot be read ({error}); delete the folder to prepare it again."
-            ) from None
+            raise damaged(folder, f"cannot be read ({error})") from None
         if len(self.tokens) != meta["tokens"] or self.offsets[-1] != meta["tokens"]:
-            raise ShardError(
-                f"corpus {folder} has {len(self.tokens)} tokens where its meta.json says {meta['tokens']}; "
-                "delete the folder to prepare it again."
-            )
+            raise damaged(folder, f"has {len(self.tokens)} tokens where its meta.json says {meta['tokens']}")
 
     @property
     def num_documents(self) -> int:

@@ -13,7 +13,8 @@ from transformers import Gemma4Config as ReferenceConfig
 from transformers import Gemma4ForConditionalGeneration, Gemma4UnifiedForConditionalGeneration
 from transformers.models.gemma4_unified.configuration_gemma4_unified import Gemma4UnifiedConfig
 
-from model import Gemma4Config
+from model import Gemma4, Gemma4Config
+from model.hf_format import our_name
 from model.media import Media
 from model.media_config import AudioConfig, AudioEmbedderConfig, VisionConfig, VisionEmbedderConfig
 from tests.model.reference import random_config
@@ -101,6 +102,25 @@ def whole_reference(config: Gemma4Config, seed: int) -> Any:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
             else:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * tensor[0].numel() ** -0.5)
+    return model
+
+
+def disk_names(reference: Any) -> dict[str, str]:
+    """Our name of each of the reference's tensors; the 12B's are renamed as on disk."""
+    renamed = {}
+    for name in reference.state_dict():
+        disk = name.replace("embed_vision.multimodal_embedder.", "embed_vision.")
+        if any(part in name for part in ("patch_ln", "patch_dense", "pos_embedding", "pos_norm")):
+            disk = name.replace("embed_vision.", "vision_embedder.")
+        renamed[name] = our_name(disk, text_only=False)
+    return renamed
+
+
+def whole_ours(reference: Any, config: Gemma4Config) -> Gemma4:
+    """Our model with the reference's weights, in memory."""
+    model, names = Gemma4(config), disk_names(reference)
+    state = {names[name]: t for name, t in reference.state_dict().items() if name != "lm_head.weight"}
+    model.load_state_dict(state, strict=True)
     return model
 
 

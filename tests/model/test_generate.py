@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from model import Gemma4
 from model.generate import Cache, cache_masks, generate, sample
+from tests.model.multimodal import make_example, random_whole_config, whole_ours, whole_reference
 from tests.model.reference import FAMILIES, ours_from, perturbed_reference, random_config
 
 
@@ -60,3 +63,26 @@ def test_sampling_stays_in_the_top_k_and_top_p() -> None:
     assert (frequency[:3] - expected).abs().max() < 0.03 and frequency[3:].sum() == 0
     assert set(sample(logits, 1.0, 5, 0.7, generator).tolist()) == {0, 1}
     assert set(sample(logits, 0.0, 5, 1.0, generator).tolist()) == {0}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_after_media_equals_the_reference(family: str) -> None:
+    """Images (and sound where the variant hears it) in a prompt longer than the window; two prompts, padded."""
+    config = random_whole_config(family, 0)
+    reference = whole_reference(config, 0)
+    model = whole_ours(reference, config)
+    rows: list[list[Any]] = [[6, ("image", 2, 3), 3, ("image", 1, 2), 4], [9]]
+    if config.audio is not None:
+        rows[1] += [("audio", 20), 3]
+    alone = [make_example(config, [row], seed=i) for i, row in enumerate(rows)]
+    expected = []
+    for example in alone:
+        prompt = example.tokens_BS
+        with torch.no_grad():
+            out = reference.generate(
+                input_ids=prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, **example.reference
+            )
+        expected.append(out[0, prompt.shape[1] :].tolist())
+    prompts = [example.tokens_BS[0].tolist() for example in alone]
+    images, clips = ([item for example in alone for item in getattr(example, kind)] for kind in ("images", "clips"))
+    assert generate(model, prompts, 12, temperature=0, images=images, clips=clips) == expected

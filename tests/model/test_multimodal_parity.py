@@ -13,10 +13,16 @@ from torch import Tensor
 
 from model import Gemma4
 from model.head import linear_cross_entropy
-from model.hf_format import our_name
 from model.hub import load_model
 from model.media import Media
-from tests.model.multimodal import Example, make_example, random_whole_config, save_reference, whole_reference
+from tests.model.multimodal import (
+    Example,
+    disk_names,
+    make_example,
+    random_whole_config,
+    save_reference,
+    whole_reference,
+)
 from tests.model.reference import FAMILIES, relative_error
 from tests.report import report
 
@@ -74,17 +80,6 @@ def our_gradients(
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def names_in(reference: Any) -> dict[str, str]:
-    """Our name of each of the reference's parameters; the 12B's are renamed as on disk."""
-    renamed = {}
-    for name, _ in reference.named_parameters():
-        disk = name.replace("embed_vision.multimodal_embedder.", "embed_vision.") if "multimodal" in name else name
-        if any(part in name for part in ("patch_ln", "patch_dense", "pos_embedding", "pos_norm")):
-            disk = name.replace("embed_vision.", "vision_embedder.")
-        renamed[name] = our_name(disk, text_only=False)
-    return renamed
-
-
 @pytest.fixture(scope="module", params=[(family, seed) for family in FAMILIES for seed in (0, 1)], ids=str)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Gemma4, Any]:
     family, seed = request.param
@@ -133,7 +128,7 @@ def test_logits_and_gradients_equal_the_reference(pair: tuple[str, Gemma4, Any],
             pytest.skip("the released model of this size has no audio encoder")
         rows = [[piece for piece in row if isinstance(piece, int) or piece[0] != "audio"] for row in rows]
     example = make_example(ours.config, rows, seed=len(case))
-    names = names_in(reference)
+    names = disk_names(reference)
     wanted = reference_gradients(reference, example, names)
     exact = in_double(reference, lambda: reference_gradients(reference, example, names))
     with torch.no_grad():
@@ -148,7 +143,7 @@ def test_packed_documents_with_images_equal_the_reference_one_by_one(pair: tuple
     family, ours, reference = pair
     pieces = ([4, ("image", 2, 3)], [("image", 1, 2), 7, ("image", 2, 1), 3], [11])
     documents = [make_example(ours.config, [p], seed=i) for i, p in enumerate(pieces)]
-    names = names_in(reference)
+    names = disk_names(reference)
 
     def one_by_one() -> tuple[Tensor, dict[str, Tensor]]:
         steps = [reference_gradients(reference, d, names) for d in documents]
