@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel.mesh import World
 from tests.distributed import run_ranks
-from train.config import load_config
+from train.load_config import load_config
 from train.trainer import Trainer
 
 SMALL = [

@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from model import UserError
 from parallel.mesh import World, data_parallel_sizes, init_process_group, micro_batch_size, select_device
-from train.config import load_config
+from train.load_config import load_config
 
 # How long a rank that found the same mistake as rank 0 waits for rank 0's words before it leaves.
 _COURTESY_SECONDS = 10

@@ -20,7 +20,7 @@ from parallel.mesh import World
 from tests.distributed import run_ranks
 from tests.runs import losses, overrides, records, train_on, train_once
 from train.checkpoint import CheckpointError
-from train.config import load_config
+from train.load_config import load_config
 from train.trainer import Trainer
 
 STEPS = ["train.steps=6", "schedule.name=constant", "schedule.warmup_steps=0"]

@@ -7,7 +7,7 @@ import yaml
 
 from model import ConfigError
 from model.variants import VARIANT_NAMES
-from train.config import CONFIG_FOLDER, load_config
+from train.load_config import CONFIG_FOLDER, load_config
 
 
 def test_no_arguments_is_the_tiny_model() -> None:

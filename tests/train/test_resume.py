@@ -18,7 +18,7 @@ from parallel.mesh import World
 from tests.distributed import run_ranks
 from tests.report import report
 from tests.runs import losses, overrides, records, train_on
-from train.config import load_config
+from train.load_config import load_config
 from train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]

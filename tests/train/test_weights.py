@@ -16,8 +16,8 @@ from model.hub import load_model
 from tests.distributed import run_ranks
 from tests.model.multimodal import save_reference, whole_reference
 from tests.runs import losses, make_corpus, overrides, train_on, train_once
-from train.config import load_config
 from train.export import MANIFEST
+from train.load_config import load_config
 
 NAME = "gemma4_tiny_e4b"
 VOCAB = 600
