@@ -83,7 +83,11 @@ _TOKEN_IDS = (
 
 def read_config_json(folder: Path) -> dict[str, Any]:
     """The raw `config.json` of a checkpoint folder. Raises `ConfigError`."""
-    path = folder / "config.json"
+    return read_json(folder / "config.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint folder. Raises `ConfigError`."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,0 +1,170 @@
+"""Write text with a checkpoint folder, from a prompt and pictures, sound or video; it appears as it is made.
+
+    python -m launch.generate weights=my-gemma prompt="What is in this picture?" image=cat.png
+    python -m launch.generate weights=gemma4_e4b_it prompt="What does she say?" audio=call.wav thinking=true
+    python -m launch.generate weights=my-base chat=false prompt="The river" temperature=0
+
+image=, audio= and video= may be given several times; they come before the prompt, in this order.
+chat: whether the prompt is a user's turn (the default where the folder has a chat template) or
+plain text to go on with. Others: system=TEXT, max_new_tokens=256, top_k=64, top_p=0.95, seed=0,
+device=auto|cpu|cuda, dtype=auto|float32|bfloat16, special=true to see control tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers.decoders import DecodeStream
+
+from data.chat import render
+from data.chat_media import check_media_tokens, media_processor
+from data.conversation import encode
+from data.media import MediaItem
+from data.tokenizer import BOS
+from launch.arguments import run
+from model import Gemma4, UserError
+from model.generate import stream
+from model.hf_config import read_json
+from model.hub import load_model, load_tokenizer, resolve
+
+TURN_ENDS = (1, 106, 50)
+"""<eos>, <turn|>, <|tool_response>: where a folder without generation_config.json stops."""
+
+
+@dataclass
+class Options:
+    weights: str
+    prompt: str
+    image: list[str] = field(default_factory=list)
+    audio: list[str] = field(default_factory=list)
+    video: list[str] = field(default_factory=list)
+    system: str | None = None
+    chat: bool | None = None
+    thinking: bool = False
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 64
+    top_p: float = 0.95
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    special: bool = False
+
+
+def generate(options: Options) -> Iterator[str]:
+    """Pieces of text as they become whole characters. Raises `UserError`."""
+    device = _device(options.device)
+    folder = resolve(options.weights)
+    model = load_model(folder, dtype=_dtype(options.dtype, device), device=device)
+    tokenizer = load_tokenizer(folder)
+    chat = options.chat if options.chat is not None else _has_template(folder)
+    media = _read_media(options, model)
+    if media:
+        check_media_tokens(tokenizer, model.config)
+    if chat:
+        rendered = render(
+            _messages(options),
+            size="small" if model.config.hidden_size_per_layer_input else "large",
+            enable_thinking=options.thinking,
+            add_generation_prompt=True,
+        )
+        ids = encode(rendered, tokenizer, media).ids
+    elif media or options.system or options.thinking:
+        raise UserError("media, system and thinking belong to a chat; set chat=true, or leave them out.")
+    else:
+        tokenizer.encode_special_tokens = True
+        ids = [BOS, *tokenizer.encode(options.prompt, add_special_tokens=False).ids]
+    if len(ids) + options.max_new_tokens > model.config.max_position_embeddings:
+        raise UserError(
+            f"the prompt's {len(ids)} tokens and max_new_tokens={options.max_new_tokens} exceed the model's "
+            f"{model.config.max_position_embeddings} positions; lower max_new_tokens or shorten the prompt."
+        )
+    stops = _stops(folder)
+    text = DecodeStream(skip_special_tokens=not options.special)
+    for (token,) in stream(
+        model,
+        [ids],
+        options.max_new_tokens,
+        images=[
+            pair
+            for item in media
+            if item.kind != "audio"
+            for pair in zip(item.values.split(item.lengths), item.positions.split(item.lengths), strict=True)
+        ],
+        clips=[item.values for item in media if item.kind == "audio"],
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        stop=stops,
+        generator=torch.Generator().manual_seed(options.seed),
+        device=device,
+    ):
+        if token in stops and not options.special:
+            return
+        piece = text.step(tokenizer, token)
+        if piece is not None:
+            yield piece
+
+
+def _messages(options: Options) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [
+        {"type": kind, "path": path} for kind in ("image", "audio", "video") for path in getattr(options, kind)
+    ]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": [*parts, {"type": "text", "text": options.prompt}]}]
+    return [{"role": "system", "content": options.system}, *messages] if options.system else messages
+
+
+def _read_media(options: Options, model: Gemma4) -> list[MediaItem]:
+    config = model.config
+    for kind, encoder in (("image", config.vision), ("video", config.vision), ("audio", config.audio)):
+        if getattr(options, kind) and encoder is None:
+            raise UserError(f"{options.weights} has no encoder for {kind}; choose another checkpoint or leave it out.")
+    processor = media_processor(config)
+    return [
+        *(processor.image(Path(path)) for path in options.image),
+        *(processor.audio(Path(path)) for path in options.audio),
+        *(processor.video(Path(path)) for path in options.video),
+    ]
+
+
+def _has_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    tokenizer = folder / "tokenizer_config.json"
+    return tokenizer.is_file() and "chat_template" in read_json(tokenizer)
+
+
+def _stops(folder: Path) -> list[int]:
+    path = folder / "generation_config.json"
+    found = read_json(path).get("eos_token_id") if path.is_file() else None
+    return list(TURN_ENDS) if found is None else [found] if isinstance(found, int) else list(found)
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device={wanted} does not exist; legal: auto, cpu, cuda.")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but no GPU is visible; set device=cpu.")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _dtype(wanted: str, device: torch.device) -> torch.dtype:
+    if wanted not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"dtype={wanted} does not exist; legal: auto, float32, bfloat16.")
+    if wanted == "auto":
+        wanted = "bfloat16" if device.type == "cuda" else "float32"
+    return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+
+
+def print_generated(options: Options) -> None:
+    for piece in generate(options):
+        print(piece, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    run(Options, print_generated, __doc__)
