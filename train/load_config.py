@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import configs
-from model import ConfigError
+from model import ConfigError, Gemma4Config
 from model.errors import nearest
 from train.config import ENCODERS, Config, ModelConfig
 
@@ -173,6 +173,8 @@ def _validate(config: Config) -> None:
         if (get(config, key) if get(config, key) is not None else least) < least:
             raise ConfigError(f"{key}={get(config, key)} is too small; smallest legal: {least}.")
     model, schedule, steps = config.gemma4(), config.schedule, config.train.steps
+    if config.weights is not None:
+        _check_variant(config)
     for encoder in ENCODERS:
         wanted = get(config, f"model.{encoder}")
         if wanted not in (None, "none") and getattr(model, encoder) is None:
@@ -206,3 +208,18 @@ def _validate(config: Config) -> None:
             f"data.tokenizer_vocab_size={config.data.tokenizer_vocab_size} exceeds model.vocab_size; "
             f"largest legal: {model.vocab_size}."
         )
+
+
+def _check_variant(config: Config) -> None:
+    """A recipe of one variant must not run on the weights of another unnoticed."""
+    name, weights = config.model.name, config.model.weights  # type: ignore[attr-defined]
+    if name == ModelConfig().name:  # none was named
+        return
+    assert config.weights is not None
+    named, found = Gemma4Config.from_name(name), Gemma4Config.from_hf(config.weights)
+    for size in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        if getattr(named, size) != getattr(found, size):
+            raise ConfigError(
+                f"model.weights={weights} has {size}={getattr(found, size)}, but model.name={name} has "
+                f"{getattr(named, size)}; take the variant of the weights, or none."
+            )

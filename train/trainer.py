@@ -320,7 +320,7 @@ class Trainer:
         parameters = sum(p.numel() for p in self.model.parameters())
         log.info(
             "%s: %s parameters | %d %s ranks, dp_replicate %d x dp_shard %d | compute %s, masters float32",
-            config.model.name,  # type: ignore[attr-defined]
+            config.model.weights or config.model.name,  # type: ignore[attr-defined]
             f"{parameters:,}",
             self.world.size,
             self.device.type,

@@ -122,6 +122,7 @@ def test_an_encoder_no_batch_touched_is_saved_and_found_again(released: Path, tm
         (["model.weights=/nowhere"], "neither a folder nor a hub id"),
         (["model.vision=freez"], "model.vision=freez does not exist; nearest: freeze"),
         (["model.hidden_size=32"], "has shape .* where config.json makes it"),
+        (["+variant=tiny_31b"], "has hidden_size=64, but model.name=gemma4_tiny_31b has 128; take"),
         (["export.dtype=float8"], "export.dtype=float8 does not exist; nearest: float32"),
     ],
 )
