@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from functools import partial
 
 from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from data.batch import Row, collate
-from model import Gemma4Config
+from data.batch import Batch, Row, collate
+from model import Gemma4Config, UserError
 
 
 class StepSampler(Sampler[list[int]]):
@@ -48,16 +47,41 @@ class StepSampler(Sampler[list[int]]):
         return self.steps * self.accumulation
 
 
-def build_loader(dataset: Dataset[Row], sampler: StepSampler, workers: int, config: Gemma4Config) -> StatefulDataLoader:
-    return StatefulDataLoader(
-        dataset,
+def load_batches(dataset: Dataset[Row], sampler: StepSampler, workers: int, config: Gemma4Config) -> Iterator[Batch]:
+    """Batches of a rank's micro-batches in order, made by `workers` processes (0: by this one).
+
+    A mistake of the user's in a row (a media file that is gone) is raised here as it was there.
+    """
+    loader = StatefulDataLoader(
+        _Batches(dataset, config),
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=partial(collate, config=config),
+        collate_fn=_as_it_is,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_ignore_stop_signals,
         snapshot_every_n_steps=1 << 30,  # the state is the sequence number, which the trainer keeps
     )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+class _Batches(Dataset[Batch]):
+    """Whole batches by their row numbers; an error comes as a value, which a worker hands on without its traceback."""
+
+    def __init__(self, dataset: Dataset[Row], config: Gemma4Config) -> None:
+        self.dataset, self.config = dataset, config
+
+    def __getitems__(self, indices: list[int]) -> Batch | UserError:
+        try:
+            return collate([self.dataset[index] for index in indices], self.config)
+        except UserError as error:
+            return UserError(str(error))
+
+
+def _as_it_is(batch: Batch | UserError) -> Batch | UserError:
+    return batch
 
 
 def _ignore_stop_signals(worker: int) -> None:

@@ -58,6 +58,10 @@ class TrainConfig:
 class DataConfig:
     source: str = "python_stdlib"
     """python_stdlib | a file, folder or glob of text or .jsonl files"""
+    format: str = "text"
+    """text | chat (.jsonl lines {"messages": [...]} of conversations, with their media)"""
+    thinking: bool = False
+    """chat: render conversations with thinking switched on."""
     tokenizer: str | None = None
     """tokenizer.json or its folder; none trains one of tokenizer_vocab_size pieces on the source."""
     tokenizer_vocab_size: int = 8192

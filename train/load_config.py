@@ -33,6 +33,7 @@ GROUPS = ("variant",)
 CHOICES = {
     "run.device": ("auto", "cpu", "cuda"),
     "run.dtype": ("auto", "bfloat16", "float32"),
+    "data.format": ("text", "chat"),
     "parallel.gradient_sync": ("last", "every"),
     "schedule.name": ("constant", "linear", "cosine", "wsd"),
     "activation_checkpoint.mode": ("none", "full"),

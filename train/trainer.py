@@ -9,17 +9,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from data.batch import Batch
-from data.loader import StepSampler, build_loader
-from data.packing import PackedDataset
-from data.prepare import Corpus, prepare
-from model import ConfigError, Gemma4Config, UserError
+from data.loader import StepSampler, load_batches
+from model import Gemma4Config, UserError
 from model.attention_kernels import kernel_for
 from model.hf_format import Weights
 from model.init import Fill, random_fill
@@ -30,6 +27,7 @@ from parallel.grad_norm import clip_grad_norm
 from parallel.mesh import World, build_mesh, data_parallel_sizes, micro_batch_size
 from train.checkpoint import Checkpointer
 from train.config import Config
+from train.corpus import build_dataset, describe_data, prepare_corpus
 from train.export import Origin, export
 from train.faults import StopRequest
 from train.flops import batch_work, media_flops, peak_flops, training_flops
@@ -67,7 +65,7 @@ class Trainer:
         self.checkpointer = Checkpointer(
             self.folder.checkpoints, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
         )
-        self.corpus = self._prepare_corpus()
+        self.corpus = prepare_corpus(config, self.model_config, world, self.stop)
         checkpoint = find_checkpoint(config.run.resume, self.checkpointer)
         self.progress = Progress.fresh(config, self.model_config, self.corpus)
         if checkpoint is not None:
@@ -90,6 +88,7 @@ class Trainer:
         )
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.objective = build_objective(config.train.z_loss)
+        self.dataset = build_dataset(config, self.model_config, self.corpus)
         if checkpoint is not None:
             self.checkpointer.load(checkpoint, self.model, self.optimizer)
         self._describe(sizes, checkpoint)
@@ -130,8 +129,7 @@ class Trainer:
             self.world.rank,
             self.world.size,
         )
-        dataset = PackedDataset(self.corpus.shard, config.data.sequence_length, config.run.seed)
-        batches = iter(build_loader(dataset, sampler, config.data.workers, self.model_config))
+        batches = load_batches(self.dataset, sampler, config.data.workers, self.model_config)
         meter.started = time.perf_counter()
         while not self.complete and self._step(batches, sampler.accumulation, meter):
             paused, step = time.perf_counter(), self.progress.step
@@ -278,43 +276,8 @@ class Trainer:
         else:
             log.info("stopped as asked at step %d; the same command goes on from there", step)
 
-    def _prepare_corpus(self) -> Corpus:
-        """Tokenise on one process of each node while the others wait, then open the result."""
-        data, model = self.config.data, self.model_config
-        tokenizer = self.config.tokenizer
-        cache = Path(data.cache) if data.cache else None
-        store = dist.distributed_c10d._get_default_store()
-        prepared = f"gemwright/prepared/{self.world.rank - self.world.local_rank}"
-        if self.world.local_rank == 0:
-            log.info("preparing %s", data.source)
-            prepare(data.source, tokenizer, data.tokenizer_vocab_size, cache)
-            store.set(prepared, "yes")
-        while not store.check([prepared]):  # a barrier would give up on a large corpus, and not hear a signal
-            if self.stop:
-                raise UserError(f"told to stop by {self.stop.signal_name} before the data was prepared.")
-            time.sleep(0.1)
-        corpus = prepare(data.source, tokenizer, data.tokenizer_vocab_size, cache)
-        names: list[Any] = [None] * self.world.size
-        dist.all_gather_object(names, corpus.folder.name)
-        if len(set(names)) > 1:
-            other = next(rank for rank, name in enumerate(names) if name != names[0])
-            raise ConfigError(
-                f"rank {other} sees other data or another tokenizer than rank 0; "
-                "give data.source and data.tokenizer on a file system that all nodes share."
-            )
-        rows = model.vocab_size
-        if model.hidden_size_per_layer_input:
-            rows = min(rows, model.vocab_size_per_layer_input)
-        if corpus.shard.vocab_size > rows:
-            raise ConfigError(
-                f"the tokenizer has {corpus.shard.vocab_size} pieces, more than the model's vocabulary of {rows}; "
-                "give a smaller tokenizer or a larger model.vocab_size and model.vocab_size_per_layer_input."
-            )
-        return corpus
-
     def _describe(self, sizes: tuple[int, int], checkpoint: Path | None) -> None:
         config, model = self.config, self.model_config
-        shard = self.corpus.shard
         sliding = sum(kind == "sliding_attention" for kind in model.layer_types)
         kernel = kernel_for(self.device.type).__name__
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -337,14 +300,13 @@ class Trainer:
             "torch grouped_mm" if model.enable_moe_block else "none",
             config.activation_checkpoint.mode,
         )
+        accumulation = config.train.global_batch_size // (self.micro_batch_size * self.world.size)
         log.info(
-            "data: %s documents, %s tokens, %d pieces | %d sequences of %d a step, %d x %d a rank",
-            f"{shard.num_documents:,}",
-            f"{len(shard.tokens):,}",
-            shard.vocab_size,
+            "data: %s | %d sequences of %d a step, %d x %d a rank",
+            describe_data(self.corpus, self.dataset),
             config.train.global_batch_size,
             config.data.sequence_length,
-            config.train.global_batch_size // (self.micro_batch_size * self.world.size),
+            accumulation,
             self.micro_batch_size,
         )
         if checkpoint is not None:

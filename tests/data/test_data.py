@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.batch import IGNORE, Batch
-from data.loader import StepSampler, build_loader
+from data.loader import StepSampler, load_batches
 from data.packing import PackedDataset
 from data.prepare import Corpus, prepare
 from data.shards import ShardError, TokenShard
@@ -132,7 +132,7 @@ def test_every_mesh_and_worker_count_deals_the_same_sequences(
     steps: list[list[Batch]] = [[], [], []]
     for rank in range(num_ranks):
         sampler = StepSampler(40, 3, 8, micro, rank, num_ranks)
-        for i, batch in enumerate(build_loader(dataset, sampler, workers, TINY)):
+        for i, batch in enumerate(load_batches(dataset, sampler, workers, TINY)):
             steps[i // sampler.accumulation].append(batch)
     for step, batches in enumerate(steps):
         found = {tuple(row) for batch in batches for row in batch.tokens_BS.tolist()}

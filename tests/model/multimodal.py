@@ -73,8 +73,8 @@ def random_whole_config(family: str, seed: int) -> Gemma4Config:
     )
 
 
-def whole_reference(config: Gemma4Config, seed: int) -> Any:
-    """A reference model with every weight and persistent buffer off its initial value."""
+def whole_reference(config: Gemma4Config, seed: int, *, perturbed: bool = True) -> Any:
+    """A reference model; perturbed: with every weight and persistent buffer off its initial value."""
     torch.manual_seed(seed)
     raw = config.to_hf()
     unified = raw["model_type"] == "gemma4_unified"
@@ -82,6 +82,8 @@ def whole_reference(config: Gemma4Config, seed: int) -> Any:
     reference_config = (Gemma4UnifiedConfig if unified else ReferenceConfig).from_dict(raw)
     extra = {} if unified else {"experts_implementation": "eager"}
     model = cls._from_config(reference_config, attn_implementation="eager", dtype=torch.float32, **extra).eval()
+    if not perturbed:
+        return model
     generator = torch.Generator().manual_seed(seed)
     parameters = dict(model.named_parameters())
     stored = set(model.state_dict())
