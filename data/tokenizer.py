@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from model import hub
 from model.errors import UserError
 
 PAD, EOS, BOS = 0, 1, 2
@@ -69,9 +70,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if not path.is_file():
         raise TokenizerError(f"data.tokenizer={path} does not exist; give a tokenizer.json, or none to train one.")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception on any damage
-        raise TokenizerError(f"data.tokenizer={path} cannot be read ({error}); fetch it again.") from None
+        tokenizer = hub.load_tokenizer(path)
+    except UserError as error:
+        raise TokenizerError(f"data.tokenizer: {error}") from None
     for token_id in (PAD, EOS, BOS):
         if tokenizer.id_to_token(token_id) != _NAMED[token_id]:
             raise TokenizerError(

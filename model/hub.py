@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
-from model.config import Gemma4Config
 from model.errors import ConfigError, UserError, nearest
 from model.gemma4 import Gemma4
 from model.hf_config import config_from_hf, read_config_json
@@ -32,6 +32,11 @@ def resolve(source: str) -> Path:
         raise WeightsError(
             f"weights {source} is neither a folder nor a hub id such as google/gemma-4-E4B; nearest name: {near}."
         )
+    return _fetched(hub_id)
+
+
+@cache
+def _fetched(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download  # imports slowly, so only when asked for
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -43,10 +48,6 @@ def resolve(source: str) -> Path:
             f"{hub_id} could not be fetched from the hub ({reason}); "
             "log in and accept its licence, or give a folder that holds it."
         ) from None
-
-
-def load_config(source: str) -> Gemma4Config:
-    return config_from_hf(read_config_json(resolve(source)))
 
 
 def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Gemma4:
