@@ -18,6 +18,7 @@ from model.variants import HUB_IDS, VARIANT_NAMES
 VERIFIED = (
     "Verified for each of the five kinds, on a CPU in float32, against small transformers models of random weights:\n"
     "logits and every gradient for text, images, video and sound; import and export byte for byte; exact counts.\n"
+    "12B with images: under the masks of the reference's generation; its training forward differs (README).\n"
     "Not verified: the released weights themselves, and anything on a GPU."
 )
 

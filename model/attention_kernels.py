@@ -23,6 +23,8 @@ AttentionKernel = Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor]
 
 def attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: AttentionMask) -> Tensor:
     """Outputs [T_queries, N, H]; query head n reads KV head n // (N / K)."""
+    if q_TNH.shape[0] == 0:  # flex refuses it; keys and values still get their (zero) gradients
+        return q_TNH + 0 * (k_TKH.sum() + v_TKH.sum())
     k_BSKH, v_BSKH = (t.unflatten(0, (mask.num_rows, mask.num_keys)) for t in (k_TKH, v_TKH))
     return kernel_for(q_TNH.device.type)(q_TNH, k_BSKH, v_BSKH, mask)
 

@@ -87,7 +87,7 @@ class FeedForward(nn.Module):
 
 
 class AudioAttention(nn.Module):
-    """Causal attention over the last `window` frames with a learned bias for the distance; all in float32."""
+    """Causal attention over the last `window` frames with a learned bias for the distance; scores in float32."""
 
     def __init__(self, config: AudioConfig) -> None:
         super().__init__()

@@ -71,6 +71,10 @@ _FIXED_IN_TEXT = {
     "attention_dropout": 0.0,
     "tie_word_embeddings": True,
 }
+_FIXED_IN_ENCODERS: dict[type, dict[str, Any]] = {
+    VisionConfig: {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False},
+    AudioConfig: {"hidden_act": "silu"},
+}
 _TOKEN_IDS = (
     "boi_token_id",
     "boa_token_id",
@@ -103,6 +107,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def config_from_hf(raw: dict[str, Any]) -> Gemma4Config:
     """Raises `ConfigError` for another model, or a Gemma 4 that is not as released."""
+    try:
+        return _config_from_hf(raw)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, StopIteration) as error:
+        raise ConfigError(f"config.json has a value of the wrong kind ({error!r}); fetch it again.") from None
+
+
+def _config_from_hf(raw: dict[str, Any]) -> Gemma4Config:
     from model.config import Gemma4Config
 
     kind = str(raw.get("model_type"))
@@ -111,22 +124,23 @@ def config_from_hf(raw: dict[str, Any]) -> Gemma4Config:
         raise ConfigError(
             f"config.json has model_type {kind}; this reads {', '.join(legal)}; nearest: {nearest(kind, legal)}."
         )
+    if not raw.get("tie_word_embeddings", True):
+        raise ConfigError("config.json has tie_word_embeddings=false; every Gemma 4 ties them, and only that is built.")
     text = raw if kind in TEXT_ONLY else raw.get("text_config") or {}
-    fields = _text_fields(text)
-    eos = raw.get("eos_token_id", text.get("eos_token_id"))
-    eos = text.get("eos_token_id", 1) if isinstance(eos, list) else eos
-    fields["eos_token_id"] = (eos[0] if isinstance(eos, list) else eos) if eos is not None else 1
+    fields = _text_fields(text, unified=kind.startswith("gemma4_unified"))
+    eos = text.get("eos_token_id", raw.get("eos_token_id", 1))
+    fields["eos_token_id"] = eos[0] if isinstance(eos, list) else 1 if eos is None else eos
     fields |= {name: raw[name] for name in _TOKEN_IDS if raw.get(name) is not None}
     for name in ("eoa_token_index", "eoa_token_id"):
         if raw.get(name) is not None:
             fields["eoa_token_id"] = raw[name]
     if kind in WHOLE:
         unified = kind == "gemma4_unified"
-        if raw.get("vision_config"):
+        if raw.get("vision_config") is not None:
             fields["vision"] = _encoder(
                 "vision_config", VisionEmbedderConfig if unified else VisionConfig, raw["vision_config"]
             )
-        if raw.get("audio_config"):
+        if raw.get("audio_config") is not None:
             fields["audio"] = _encoder(
                 "audio_config", AudioEmbedderConfig if unified else AudioConfig, raw["audio_config"]
             )
@@ -139,13 +153,14 @@ def config_from_hf(raw: dict[str, Any]) -> Gemma4Config:
 def config_to_hf(config: Gemma4Config, base: dict[str, Any] | None = None, dtype: str = "bfloat16") -> dict[str, Any]:
     """`config.json` in both spellings; fields of `base` (the checkpoint a run began with) that are not ours survive."""
     unified = isinstance(config.vision, VisionEmbedderConfig) or isinstance(config.audio, AudioEmbedderConfig)
-    base = dict(base or {})
+    # A quantisation of the source, and its dtype under an older name, are not what is written.
+    base = {key: value for key, value in (base or {}).items() if key not in ("quantization_config", "torch_dtype")}
     whole = config.vision is not None or config.audio is not None
     text = _text_to_hf(config, unified)
     if not whole:
         kept = base if base.get("model_type") in TEXT_ONLY else {}
         kind = str(kept.get("model_type", "gemma4_text"))
-        return kept | text | {"model_type": kind, "architectures": [TEXT_ONLY[kind]], "dtype": dtype}
+        return kept | _keep_list(text, kept) | {"model_type": kind, "architectures": [TEXT_ONLY[kind]], "dtype": dtype}
     kind = "gemma4_unified" if unified else "gemma4"
     vision = audio = None
     if config.vision is not None:
@@ -154,13 +169,16 @@ def config_to_hf(config: Gemma4Config, base: dict[str, Any] | None = None, dtype
         if unified:
             vision |= {"output_proj_dims": vision["mm_embed_dim"], "num_soft_tokens": soft_tokens}
         else:
-            rope = {"rope_type": "axial", "rope_theta": vision.pop("rope_theta")}
+            # Released files call it "default"; the newest reference writes "axial" and reads both.
+            spelled = ((base.get("vision_config") or {}).get("rope_parameters") or {}).get("rope_type", "axial")
+            rope = {"rope_type": spelled, "rope_theta": vision.pop("rope_theta")}
             vision |= {"rope_parameters": rope, "num_key_value_heads": vision["num_attention_heads"]}
             vision["default_output_length"] = soft_tokens
         vision["model_type"] = f"{kind}_vision"
     if config.audio is not None:
         audio = dataclasses.asdict(config.audio) | {"model_type": f"{kind}_audio"}
         audio = {name: list(value) if isinstance(value, tuple) else value for name, value in audio.items()}
+    base_text = base.get("text_config") or {}
     ours: dict[str, Any] = {name: getattr(config, name) for name in _TOKEN_IDS} | {
         "architectures": [WHOLE[kind]],
         "model_type": kind,
@@ -168,16 +186,25 @@ def config_to_hf(config: Gemma4Config, base: dict[str, Any] | None = None, dtype
         "eoa_token_id": config.eoa_token_id,
         "eoa_token_index": config.eoa_token_id,
         "tie_word_embeddings": True,
-        "text_config": (base.get("text_config") or {}) | text | {"model_type": f"{kind}_text"},
+        "text_config": base_text | _keep_list(text, base_text) | {"model_type": f"{kind}_text"},
         "vision_config": None if vision is None else (base.get("vision_config") or {}) | vision,
         "audio_config": None if audio is None else (base.get("audio_config") or {}) | audio,
     }
     if config.vision is not None:
         ours["vision_soft_tokens_per_image"] = config.vision.soft_tokens
+    for section in ("text_config", "vision_config", "audio_config"):
+        if "dtype" in (ours[section] or {}):
+            ours[section]["dtype"] = dtype
     return base | ours
 
 
-def _text_fields(text: dict[str, Any]) -> dict[str, Any]:
+def _keep_list(text: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """A list of end tokens that begins with ours stays a list."""
+    eos = base.get("eos_token_id")
+    return text | ({"eos_token_id": eos} if isinstance(eos, list) and eos[:1] == [text["eos_token_id"]] else {})
+
+
+def _text_fields(text: dict[str, Any], unified: bool) -> dict[str, Any]:
     missing = [name for name in _REQUIRED if text.get(name) is None]
     if missing:
         raise ConfigError(
@@ -189,7 +216,14 @@ def _text_fields(text: dict[str, Any]) -> dict[str, Any]:
                 f"config.json has {name}={text[name]}; every Gemma 4 has {value}, and only that is built."
             )
     fields = {name: text[name] for name in _SAME_IN_TEXT if text.get(name) is not None}
-    unified = str(text.get("model_type")).startswith("gemma4_unified")
+    if not fields.get("final_logit_softcapping"):
+        raise ConfigError(
+            "config.json has no final_logit_softcapping; every Gemma 4 has 30.0, and only a cap is built."
+        )
+    if unified:
+        fields.setdefault("max_position_embeddings", 262_144)
+        if "use_bidirectional_attention" not in text:
+            fields["use_bidirectional_attention"] = "vision"
     fields.setdefault("hidden_size_per_layer_input", 0 if unified else 256)
     if unified:  # which has no such table
         fields.setdefault("vocab_size_per_layer_input", fields.get("vocab_size", 262_144))
@@ -240,7 +274,9 @@ def _rope_fields(text: dict[str, Any]) -> dict[str, Any]:
     rope = text.get("rope_parameters")
     if not rope:
         return {}
-    full, sliding = rope.get("full_attention", {}), rope.get("sliding_attention", {})
+    if not {"full_attention", "sliding_attention"} <= rope.keys():
+        raise ConfigError("config.json has rope_parameters without full_attention and sliding_attention; give both.")
+    full, sliding = rope["full_attention"], rope["sliding_attention"]
     types = (sliding.get("rope_type", "default"), full.get("rope_type", "proportional"))
     if types != ("default", "proportional"):
         raise ConfigError(f"config.json has rope types {types}; only ('default', 'proportional') is built.")
@@ -252,6 +288,9 @@ def _rope_fields(text: dict[str, Any]) -> dict[str, Any]:
 
 
 def _encoder(section: str, cls: type, raw: dict[str, Any]) -> Any:
+    for name, value in _FIXED_IN_ENCODERS.get(cls, {}).items():
+        if raw.get(name, value) != value:
+            raise ConfigError(f"config.json has {section}.{name}={raw[name]}; every Gemma 4 has {value}.")
     names = [field.name for field in dataclasses.fields(cls)]
     values = {name: raw[name] for name in names if raw.get(name) is not None}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

@@ -15,7 +15,7 @@ from model.hf_format import Weights, WeightsError
 from model.init import whole_slices
 from model.variants import HUB_IDS
 
-_WANTED_FILES = ("*.json", "*.safetensors", "*.jinja")
+_WANTED_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 
 def resolve(source: str) -> Path:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.errors import UserError
+from model.media_config import VisionConfig
 
 if TYPE_CHECKING:
     from model.config import Gemma4Config
@@ -127,11 +128,15 @@ def pack_patches(config: Gemma4Config, images: Sequence[tuple[Tensor, Tensor]], 
         raise MediaError("this model has no vision encoder; leave images and videos out or choose a variant with one.")
     values, positions = [], []
     for patches_TC, positions_T2 in images:
-        if patches_TC.shape[-1] != vision.patch_width or len(patches_TC) % vision.patches_per_token:
+        misfit = len(patches_TC) % vision.patches_per_token
+        if len(patches_TC) == 0 or patches_TC.shape[-1] != vision.patch_width or misfit:
             raise MediaError(
                 f"an image has patches {list(patches_TC.shape)}; this model takes a multiple of "
                 f"{vision.patches_per_token} patches of {vision.patch_width} numbers."
             )
+        most = vision.position_embedding_size if isinstance(vision, VisionConfig) else vision.mm_posemb_size
+        if len(positions_T2) != len(patches_TC) or not 0 <= int(positions_T2.min()) <= int(positions_T2.max()) < most:
+            raise MediaError(f"an image needs one position for each patch, from 0 to {most - 1} along each side.")
         order = _pooled_order(positions_T2, vision.pooling_kernel_size if vision.patches_per_token > 1 else 1)
         values.append(patches_TC[order])
         positions.append(positions_T2[order])
@@ -145,7 +150,7 @@ def pack_frames(config: Gemma4Config, clips: Sequence[Tensor], rows: Tensor) -> 
     if audio is None:
         raise MediaError("this model has no audio encoder; leave sound out or choose a variant with one.")
     for frames_TF in clips:
-        if frames_TF.shape[-1] != audio.frame_width:
+        if len(frames_TF) == 0 or frames_TF.shape[-1] != audio.frame_width:
             raise MediaError(
                 f"a clip has frames {list(frames_TF.shape)}; this model takes frames of {audio.frame_width} numbers."
             )

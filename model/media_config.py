@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SOFT_TOKENS = (70, 140, 280, 560, 1120)
-"""Legal upper bounds on the soft tokens of one image."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:

@@ -6,7 +6,7 @@
 | per-layer embedding table                              | larger than the rest of E2B; not held in between |
 | each layer of the image and audio towers               | as a decoder layer                               |
 | the rest of each tower                                 | only batches with its media touch it             |
-| root: token table (= tied head), norms, projections    | used first and last, so gathered once a step     |
+| root: token table (= tied head), norms, projections    | used first and last, so gathered throughout      |
 
 A unit's collectives need every rank, so a rank without images runs the tower on none of them
 when another rank has some (`Media.on_all_ranks`).

@@ -18,6 +18,7 @@ import shutil
 import threading
 import time
 import uuid
+from collections.abc import Collection
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -212,10 +213,21 @@ class Checkpointer:
             raise CheckpointError(f"checkpoint {folder} is damaged ({damage}); give another, or run.resume=auto.")
         return folder
 
-    def load(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Load the tensors of a verified checkpoint in place and return the state saved beside them."""
+    def load(
+        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, newly_trained: Collection[str] = ()
+    ) -> dict[str, Any]:
+        """Load the tensors of a verified checkpoint in place and return the state saved beside them.
+
+        newly_trained: top modules that were frozen when it was saved; their optimizer state stays as it is.
+        """
         tensors = _tensors(model, optimizer)
-        dcp.load(tensors, checkpoint_id=folder, process_group=self._group)
+        if newly_trained:
+            fresh = tensors["optimizer"]["state"]
+            kept = {name: fresh.pop(name) for name in list(fresh) if name.partition(".")[0] in newly_trained}
+            dcp.load(tensors, checkpoint_id=folder, process_group=self._group)
+            fresh.update(kept)
+        else:
+            dcp.load(tensors, checkpoint_id=folder, process_group=self._group)
         set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
         return read_state(folder)
 

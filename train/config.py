@@ -63,7 +63,7 @@ class DataConfig:
     thinking: bool = False
     """chat: render conversations with thinking switched on."""
     tokenizer: str | None = None
-    """tokenizer.json or its folder; none trains one of tokenizer_vocab_size pieces on the source."""
+    """tokenizer.json or its folder; none takes that of model.weights, or trains one of tokenizer_vocab_size pieces."""
     tokenizer_vocab_size: int = 8192
     sequence_length: int = 256
     workers: int = 0

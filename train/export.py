@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from data.chat_template import chat_template
 from model import Gemma4Config, UserError
 from model.hf_config import config_to_hf
 from model.hf_format import INDEX, SINGLE, disk_key
+from train.checkpoint import MANIFEST as CHECKPOINT_MANIFEST
 
 MANIFEST = "gemwright_export.json"
 FILE_BYTES = 5 * 10**9
@@ -69,12 +72,21 @@ class Origin:
         named = {key: str(dtype).removeprefix("torch.") for key, dtype in dtypes.items()}
         (folder / "dtypes.json").write_text(json.dumps(named, indent=0))
 
+    @classmethod
+    def inherit(cls, folder: Path, checkpoint: Path) -> None:
+        """A run that branches off another's checkpoint began where that one did."""
+        theirs = checkpoint.resolve().parent.parent / "origin"
+        if not folder.exists() and theirs.is_dir():
+            shutil.copytree(theirs, folder)
+
     @property
     def config(self) -> dict[str, Any]:
         return _read_json(self.folder / "config.json")
 
-    def dtype(self, key: str) -> torch.dtype | None:
-        return _DTYPES.get(_read_json(self.folder / "dtypes.json").get(key, ""))
+    @cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """By our names."""
+        return {name: _DTYPES[kind] for name, kind in _read_json(self.folder / "dtypes.json").items()}
 
 
 def export(
@@ -86,44 +98,80 @@ def export(
     origin: Path | None = None,
     dtype: str = "auto",
     file_bytes: int = FILE_BYTES,
+    replace: bool = False,
 ) -> Path:
     """Write `out`. With a process group, every rank must call it and writes its share of the files.
 
     tokenizer: a `tokenizer.json`; origin: the folder `Origin.remember` filled; dtype: of all
-    tensors, or auto: as they came, and bfloat16 for a run from scratch. Raises `ExportError`.
+    tensors, or auto: as they came, and bfloat16 for a run from scratch; replace: an `out` made
+    from another checkpoint. One made from this very checkpoint stays. Raises `ExportError`.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    out = out.resolve()
     partial = out.with_name(f".{out.name}.partial")
-    failure: str | None = None
     tensors: dict[str, Any] = {}
-    try:
+
+    def attempt(step: Callable[[], Any]) -> Any:
+        """One step on every rank that has it: all go on, or all stop with the first failure and nothing is left."""
+        result, failure = None, None
+        try:
+            result = step()
+        except Exception as error:  # writers raise errors of their own kinds
+            failure = " ".join(str(error).split())[:300] or type(error).__name__
+        failures: list[Any] = [failure]
+        if world > 1:
+            failures = [None] * world
+            dist.all_gather_object(failures, failure)
+        found = next((f for f in failures if f), None)
+        if found is None:
+            return result
         if rank == 0:
-            if out.exists():
-                raise ExportError(f"{out} is there already; choose another folder or remove it.")
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-    except (OSError, ExportError) as error:
-        failure = str(error)
-    _agree(failure, out)
-    plan = _Plan(checkpoint, config, Origin(origin) if origin else None, dtype, file_bytes)
-    try:
-        for number in range(rank, len(plan.files), world):
-            tensors |= plan.write(partial, number)
-    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-        failure = " ".join(str(error).split())[:300]
-    _agree(failure, out)
+        raise ExportError(f"export to {out} failed ({found}); mend it and export again, the checkpoint is untouched.")
+
+    def begin() -> bool:
+        """Whether there is nothing to do; on rank 0."""
+        if out.exists():
+            if _made_from(out) == _digest(checkpoint):
+                return True
+            if not replace:
+                raise FileExistsError("it is there already: choose another folder or remove it")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        return False
+
+    done = [attempt(lambda: rank == 0 and begin())]
+    if world > 1:
+        dist.broadcast_object_list(done, src=0)
+    if done[0]:
+        return out
+    plan = attempt(lambda: _Plan(checkpoint, config, Origin(origin) if origin else None, dtype, file_bytes))
+    for turn in range(0, len(plan.files), world):
+        number = turn + rank
+        tensors |= attempt(lambda number=number: plan.write(partial, number)) or {}  # type: ignore[misc]
     shares: list[Any] = [tensors]
     if world > 1:
         shares = [None] * world
         dist.all_gather_object(shares, tensors)
-    try:
-        if rank == 0:
-            plan.finish(partial, {k: v for share in shares for k, v in share.items()}, checkpoint, tokenizer)
-            os.replace(partial, out)
-    except OSError as error:
-        failure = str(error)
-    _agree(failure, out)
+
+    def finish() -> None:
+        plan.finish(partial, {k: v for share in shares for k, v in share.items()}, tokenizer)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(partial, out)
+
+    attempt(lambda: finish() if rank == 0 else None)
     return out
+
+
+def _digest(checkpoint: Path) -> str:
+    """Names one checkpoint by its content."""
+    return hashlib.sha256((checkpoint / CHECKPOINT_MANIFEST).read_bytes()).hexdigest()
+
+
+def _made_from(out: Path) -> str | None:
+    """Digest of the checkpoint that a whole export was made from."""
+    return _read_json(out / MANIFEST).get("checkpoint_digest")
 
 
 class _Plan:
@@ -154,8 +202,7 @@ class _Plan:
     def _dtype(self, name: str, wanted: str) -> torch.dtype:
         if wanted != "auto":
             return _DTYPES[wanted]
-        found = self.origin.dtype(name) if self.origin else None
-        return found or torch.bfloat16
+        return (self.origin.dtypes if self.origin else {}).get(name, torch.bfloat16)
 
     def file_name(self, number: int) -> str:
         count = len(self.files)
@@ -163,17 +210,21 @@ class _Plan:
 
     def write(self, folder: Path, number: int) -> dict[str, Any]:
         """Read one file's tensors from the checkpoint and write them; their entries of the manifest."""
+        if number >= len(self.files):
+            return {}
         written: dict[str, Tensor] = {}
         pending: dict[str, Tensor] = {}
         for name in self.files[number]:
             pending[name] = torch.empty(self.shapes[name])
             if sum(tensor.nbytes for tensor in pending.values()) > _READ_BYTES or name == self.files[number][-1]:
                 dcp.load({_MODEL.rstrip("."): pending}, checkpoint_id=self.checkpoint, no_dist=True)
-                for read, tensor in pending.items():
+                while pending:
+                    read, tensor = pending.popitem()
                     written[disk_key(read, text_only=self.text_only)] = tensor.to(self.dtypes[read])
-                pending = {}
+                    del tensor
         file = folder / self.file_name(number)
         save_file(written, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # whoever serves it need not be who trained it
         entries = {key: _entry(tensor, file.name) for key, tensor in written.items()}
         del written
         with safe_open(file, framework="pt") as opened:  # what a reader will see, against what was meant
@@ -182,20 +233,19 @@ class _Plan:
                     raise OSError(f"{key} in {file.name} does not read back as it was written")
         return entries
 
-    def finish(self, folder: Path, tensors: dict[str, Any], checkpoint: Path, tokenizer: Path | None) -> None:
+    def finish(self, folder: Path, tensors: dict[str, Any], tokenizer: Path | None) -> None:
         """Index, config, tokenizer, chat template, generation config, and last the manifest."""
         assert len(tensors) == len(self.shapes)
         if len(self.files) > 1:
             total = sum(entry["bytes"] for entry in tensors.values())
             index = {"metadata": {"total_size": total}, "weight_map": {key: e["file"] for key, e in tensors.items()}}
             _write_json(folder / INDEX, index)
-        kinds = [str(dtype).removeprefix("torch.") for dtype in self.dtypes.values()]
         if self.origin is not None:
             for name in _KEPT_FILES:
                 if (self.origin.folder / name).is_file():
                     shutil.copyfile(self.origin.folder / name, folder / name)
         base = self.origin.config if self.origin else None
-        _write_json(folder / "config.json", config_to_hf(self.config, base, dtype=max(set(kinds), key=kinds.count)))
+        _write_json(folder / "config.json", config_to_hf(self.config, base, dtype=self._main_dtype()))
         if tokenizer is not None:
             shutil.copyfile(tokenizer, folder / "tokenizer.json")
         for name, content in _companions(self.config).items():
@@ -204,7 +254,16 @@ class _Plan:
                     (folder / name).write_text(content, encoding="utf-8")
                 else:
                     _write_json(folder / name, content)
-        _write_json(folder / MANIFEST, {"checkpoint": checkpoint.name, "tensors": tensors})
+        made_from = {"checkpoint": self.checkpoint.name, "checkpoint_digest": _digest(self.checkpoint)}
+        _write_json(folder / MANIFEST, made_from | {"tensors": tensors})
+
+    def _main_dtype(self) -> str:
+        """The dtype of most numbers."""
+        sizes: dict[str, int] = {}
+        for name, dtype in self.dtypes.items():
+            kind = str(dtype).removeprefix("torch.")
+            sizes[kind] = sizes.get(kind, 0) + self.shapes[name].numel()
+        return max(sizes, key=lambda kind: sizes[kind])
 
 
 def _companions(config: Gemma4Config) -> dict[str, Any]:
@@ -233,7 +292,7 @@ def _companions(config: Gemma4Config) -> dict[str, Any]:
 
 
 def _entry(tensor: Tensor, file: str) -> dict[str, Any]:
-    data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    data = tensor.reshape(-1).view(torch.uint8).numpy().data
     return {
         "file": file,
         "dtype": str(tensor.dtype).removeprefix("torch."),
@@ -241,17 +300,6 @@ def _entry(tensor: Tensor, file: str) -> dict[str, Any]:
         "bytes": tensor.numel() * tensor.element_size(),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-
-
-def _agree(failure: str | None, out: Path) -> None:
-    """Every rank goes on, or every rank stops with the first failure."""
-    failures: list[Any] = [failure]
-    if dist.is_initialized():
-        failures = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, failure)
-    found = next((f for f in failures if f), None)
-    if found is not None:
-        raise ExportError(f"export to {out} failed ({found}); mend it and export again, the checkpoint is untouched.")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

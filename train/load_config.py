@@ -180,6 +180,10 @@ def _validate(config: Config) -> None:
         wanted = get(config, f"model.{encoder}")
         if wanted not in (None, "none") and getattr(model, encoder) is None:
             raise ConfigError(f"model.{encoder}={wanted}, but this model has no {encoder} encoder; legal: none.")
+        if wanted in ("freeze", "projector") and config.weights is None:
+            raise ConfigError(
+                f"model.{encoder}={wanted} would keep a tower of random weights; give model.weights, or set train."
+            )
     if config.data.sequence_length > model.max_position_embeddings:
         raise ConfigError(
             f"data.sequence_length={config.data.sequence_length} exceeds the model's max_position_embeddings; "

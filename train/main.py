@@ -66,11 +66,12 @@ def main(arguments: list[str] | None = None) -> int:
         data_parallel_sizes(world.size, config.parallel.dp_replicate, config.parallel.dp_shard)
         micro_batch_size(config.train.global_batch_size, config.train.micro_batch_size, world.size)
     except UserError as error:
-        # Every rank sees this one alike; rank 0 speaks, the others must not end the job before it has.
+        # Mostly every rank sees this one alike: rank 0 speaks, and the launcher then ends the others. One that
+        # is still there after a while is alone with it, as with a folder only its own node lacks.
         if world.rank != 0:
             time.sleep(_COURTESY_SECONDS)
-        else:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        where = f" (rank {world.rank})" if world.rank else ""
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
         return 1
 
     from train.trainer import Trainer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from data.prepare import Corpus
@@ -26,6 +26,8 @@ class Progress:
     """Index of the next sequence: the whole data state, together with `data`."""
     data: dict[str, object]
     model: dict[str, object]
+    frozen: list[str] = field(default_factory=list)
+    """Modules without optimizer state."""
 
     @classmethod
     def fresh(cls, config: Config, model: Gemma4Config, corpus: Corpus) -> Progress:
@@ -36,7 +38,8 @@ class Progress:
             "sequence_length": config.data.sequence_length,
             "seed": config.run.seed,
         }
-        return cls(0, 0, 0, data, json.loads(json.dumps(asdict(model))))  # as it is read back
+        sizes = json.loads(json.dumps(asdict(model)))  # as they are read back
+        return cls(0, 0, 0, data, sizes, list(config.frozen()))
 
 
 def find_checkpoint(wanted: str, checkpointer: Checkpointer) -> Path | None:
@@ -72,14 +75,14 @@ def progress_from(checkpoint: Path, asked: Progress) -> Progress:
     Another model or tokenizer raises `ConfigError`; other data starts its own index at 0.
     """
     state = read_state(checkpoint)
-    missing = [f.name for f in fields(Progress) if f.name not in state]
+    missing = [f.name for f in fields(Progress) if f.name not in state and f.default_factory is MISSING]
     if missing:
         raise ConfigError(f"checkpoint {checkpoint} lacks {missing[0]} in its state.json; give another.")
-    saved = Progress(**{f.name: state[f.name] for f in fields(Progress)})
+    saved = Progress(**{f.name: state[f.name] for f in fields(Progress) if f.name in state})
     for key, value in asked.model.items():
         if key in saved.model and saved.model[key] != value:
             raise ConfigError(
-                f"checkpoint {checkpoint} has model.{key}={saved.model[key]}, this run {value}; "
+                f"checkpoint {checkpoint} has model.{key}={_short(saved.model[key])}, this run {_short(value)}; "
                 "use that value, or choose another run.dir."
             )
     if saved.data["tokenizer"] != asked.data["tokenizer"]:
@@ -87,7 +90,19 @@ def progress_from(checkpoint: Path, asked: Progress) -> Progress:
             f"checkpoint {checkpoint} was trained with another tokenizer; set data.tokenizer to the tokenizer.json "
             "in its run folder, or choose another run.dir."
         )
+    for names, what in (
+        (set(saved.frozen) - set(asked.frozen), "trained from here on, with fresh optimizer state"),
+        (set(asked.frozen) - set(saved.frozen), "frozen from here on; their optimizer state is dropped"),
+    ):
+        if names:
+            log.warning("%s: %s", ", ".join(sorted(names)), what)
     changed = [key for key, value in asked.data.items() if saved.data[key] != value]
     if changed:
         log.warning("the data changed (%s): its index starts at 0", ", ".join(changed))
-    return Progress(saved.step, saved.tokens_seen, 0 if changed else saved.sequences_seen, asked.data, asked.model)
+    sequences_seen = 0 if changed else saved.sequences_seen
+    return replace(asked, step=saved.step, tokens_seen=saved.tokens_seen, sequences_seen=sequences_seen)
+
+
+def _short(value: object) -> object:
+    """Sizes of an encoder as a word."""
+    return "an encoder" if isinstance(value, dict) and len(value) > 1 else "none" if value is None else value

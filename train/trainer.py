@@ -25,7 +25,7 @@ from parallel.apply import build_parallel_model
 from parallel.fsdp import require_gradient_sync
 from parallel.grad_norm import clip_grad_norm
 from parallel.mesh import World, build_mesh, data_parallel_sizes, micro_batch_size
-from train.checkpoint import Checkpointer
+from train.checkpoint import Checkpointer, read_state
 from train.config import Config
 from train.corpus import build_dataset, describe_data, prepare_corpus
 from train.export import Origin, export
@@ -79,7 +79,7 @@ class Trainer:
             self.model_config,
             build_mesh(device, *sizes),
             device,
-            self._initial_values(checkpoint is not None),
+            self._initial_values(checkpoint),
             frozen=self.frozen,
             compute_dtype=self.dtype,
             activation_checkpoint=config.activation_checkpoint.mode,
@@ -90,13 +90,16 @@ class Trainer:
         self.objective = build_objective(config.train.z_loss)
         self.dataset = build_dataset(config, self.model_config, self.corpus)
         if checkpoint is not None:
-            self.checkpointer.load(checkpoint, self.model, self.optimizer)
+            newly_trained = set(read_state(checkpoint).get("frozen", ())) - set(self.frozen)
+            self.checkpointer.load(checkpoint, self.model, self.optimizer, newly_trained=newly_trained)
         self._describe(sizes, checkpoint)
 
-    def _initial_values(self, resuming: bool) -> Fill:
+    def _initial_values(self, checkpoint: Path | None) -> Fill:
         """Drawn, or the slices of a released checkpoint; a resumed run reads its own checkpoint afterwards."""
         config, model = self.config, self.model_config
-        if config.weights is None or resuming:
+        if config.weights is None or checkpoint is not None:
+            if self.world.rank == 0 and checkpoint is not None:
+                Origin.inherit(config.origin, checkpoint)
             return random_fill(config.run.seed, model.initializer_range, model.pad_token_id)
         log.info("weights from %s", config.weights)
         weights = Weights(config.weights, model)
@@ -113,6 +116,8 @@ class Trainer:
         """Run to `train.steps`, or to the first stop request; leave a checkpoint either way."""
         config = self.config
         if self.complete:
+            if config.export.at_end:
+                self._export()
             log.info(
                 "done: already at step %d of %d in %s; raise train.steps or choose another run.dir",
                 self.progress.step,
@@ -250,8 +255,6 @@ class Trainer:
         self.checkpointer.commit()
         checkpoint = self.folder.checkpoints / f"step_{self.progress.step:08d}"
         out = self.folder.path / "export" / checkpoint.name
-        if out.exists():
-            return
         origin = self.config.origin if self.config.origin.is_dir() else None
         export(
             checkpoint,
@@ -260,6 +263,7 @@ class Trainer:
             tokenizer=self.folder.path / "tokenizer.json",
             origin=origin,
             dtype=self.config.export.dtype,
+            replace=True,
         )
         log.info("exported to %s", out)
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from model.attention_kernels import blocked, flex_over
-from model.masks import BLOCK_SIZE, AttentionMask, attention_mask
+from model.attention_kernels import attention, blocked, flex_over
+from model.masks import BLOCK_SIZE, AttentionMask, attention_mask, segment_mask
 
 B, K, G, H = 2, 2, 3, 8
 
@@ -96,3 +96,27 @@ def test_a_sliding_layer_costs_its_window_and_a_packed_layer_its_documents() -> 
     assert sum((b.query_end - b.query_start) * (b.key_end - b.key_start) for b in packed.blocks) <= length * 256
     few = sliding.select(torch.tensor([5, 4000]))
     assert len(few.blocks) == 2 and sum(b.key_end - b.key_start for b in few.blocks) <= 2 * window
+
+
+def test_no_queries_need_no_kernel_but_keep_their_gradients() -> None:
+    """A rank whose batch has no image, or no supervised token: every kernel is passed by, every gradient is there."""
+    q, k, v = (torch.randn(n, K * g, H, requires_grad=True) for n, g in ((0, G), (2 * 5, 1), (2 * 5, 1)))
+    mask = attention_mask(2, 5).select(torch.zeros(0, dtype=torch.long))
+    out = attention(q, k, v, mask)
+    assert out.shape == (0, K * G, H)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(not grad.any() for grad in grads)
+    empty = segment_mask((), torch.device("cpu"))
+    assert attention(q, k[:0], v[:0], empty).shape == (0, K * G, H)
+
+
+def test_vision_runs_are_seen_both_ways_within_window_and_document() -> None:
+    vision = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 0, 1, 1]]).bool()
+    documents = torch.tensor([[0, 0, 0, 0, 0, 0, 1, 1, 1, 1]])
+    dense = attention_mask(1, 10, window=3, document_ids_BS=documents, vision_BS=vision).dense()
+    runs = [range(1, 4), range(5, 6), range(6, 7), range(8, 10)]
+    for i in range(10):
+        for j in range(10):
+            together = any(i in run and j in run for run in runs)
+            same = documents[0, i] == documents[0, j]
+            assert dense[i, j] == bool((j <= i or together) and j > i - 3 and same), (i, j)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import ConfigError, Gemma4Config, UserError
+from model.hf_config import config_to_hf
 from model.hf_format import INDEX, disk_key, our_name
 from model.hub import load_model, load_tokenizer, resolve
 from model.variants import VARIANT_NAMES
@@ -48,9 +49,36 @@ def test_a_config_of_another_model_is_refused() -> None:
             "layer_types",
         ),
         ({"text_config": {"hidden_size": 8}}, "lacks intermediate_size"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings=false"),
+        ({"text_config": raw["text_config"] | {"final_logit_softcapping": None}}, "no final_logit_softcapping"),
+        ({"text_config": raw["text_config"] | {"rope_parameters": {"rope_theta": 1.0}}}, "rope_parameters without"),
+        ({"text_config": raw["text_config"] | {"hidden_size": "wide"}}, "wrong kind .*; fetch it again"),
+        ({"text_config": raw["text_config"] | {"per_layer_config": {"x": {}}}}, "wrong kind .*; fetch it again"),
+        (
+            {"vision_config": raw["vision_config"] | {"hidden_activation": "silu"}},
+            "vision_config.hidden_activation=silu",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             Gemma4Config.from_hf(raw | change)
+
+
+def test_what_a_source_says_beyond_our_fields_survives_and_what_is_no_longer_true_does_not() -> None:
+    config = Gemma4Config.from_name("gemma4_e4b")
+    base = config.to_hf() | {"eos_token_id": [1, 106], "torch_dtype": "float32", "quantization_config": {}, "own": 1}
+    base["text_config"] |= {"eos_token_id": [1, 106, 50], "dtype": "float32", "own": 2}
+    base["vision_config"]["rope_parameters"] = {"rope_type": "default", "rope_theta": 100.0}
+    assert Gemma4Config.from_hf(base) == config
+    out = config_to_hf(config, base, dtype="bfloat16")
+    assert out["eos_token_id"] == [1, 106] and out["own"] == 1 and out["dtype"] == "bfloat16"
+    assert out["text_config"]["eos_token_id"] == [1, 106, 50] and out["text_config"]["own"] == 2
+    assert out["text_config"]["dtype"] == "bfloat16" and not {"torch_dtype", "quantization_config"} & out.keys()
+    assert out["vision_config"]["rope_parameters"]["rope_type"] == "default"
+    unified = Gemma4Config.from_name("gemma4_12b")
+    bare = unified.to_hf()
+    for name in ("use_bidirectional_attention", "max_position_embeddings"):
+        del bare["text_config"][name]
+    assert Gemma4Config.from_hf(bare) == unified
 
 
 def test_keys_on_disk_invert() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,6 @@ from transformers import Gemma4ForCausalLM, Gemma4ForConditionalGeneration, Gemm
 
 from model import Gemma4Config
 from model.hf_format import Weights
-from model.hub import load_model
 from parallel.apply import build_parallel_model
 from parallel.mesh import World, build_mesh
 from tests.distributed import run_ranks
@@ -141,16 +142,53 @@ def test_the_manifest_names_every_tensor_and_both_spellings_are_written(tmp_path
         assert (out / name).is_file()
 
 
-def test_an_export_never_overwrites_and_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+def test_an_export_is_made_once_and_overwrites_nothing_unasked(tmp_path: Path) -> None:
     save_reference(whole_reference(random_whole_config("31b", seed=5), seed=5), tmp_path / "source")
     out = through_ranks(tmp_path / "source", tmp_path / "run", 1, 1)
+    config = Gemma4Config.from_hf(tmp_path / "source")
     checkpoint = tmp_path / "run" / "checkpoints" / "step_00000001"
-    with pytest.raises(ExportError, match="is there already"):
-        export(checkpoint, out, Gemma4Config.from_hf(out))
-    blocked = tmp_path / "blocked"
-    blocked.write_text("a file where a folder should be")
-    with pytest.raises(ExportError, match="mend it and export again"):
-        export(checkpoint, blocked / "out", Gemma4Config.from_hf(out))
+    weights = out / "model.safetensors"
+    assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {0o644}
+    before = weights.stat().st_mtime_ns
+    assert export(checkpoint, out, config) == out and weights.stat().st_mtime_ns == before  # of this very checkpoint
+
+    other = Path(shutil.copytree(checkpoint, tmp_path / "step_00000002"))
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"of": "another run"}))
+    with pytest.raises(ExportError, match=r"is there already: choose another folder or remove it\)"):
+        export(other, out, config)
+    assert weights.stat().st_mtime_ns == before
+    export(other, out, config, replace=True)
+    assert weights.stat().st_mtime_ns > before
+    assert not list(tmp_path.glob("**/.*partial"))
+
+
+def test_a_failure_on_one_rank_stops_all_and_leaves_nothing(tmp_path: Path) -> None:
+    save_reference(whole_reference(random_whole_config("31b", seed=5), seed=5), tmp_path / "source")
+    out = through_ranks(tmp_path / "source", tmp_path / "run", 2, 1)
     shutil.rmtree(out)
-    export(checkpoint, out, Gemma4Config.from_hf(tmp_path / "source"))
-    assert load_model(out).config == Gemma4Config.from_hf(tmp_path / "source")
+    config = Gemma4Config.from_hf(tmp_path / "source")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000001"
+
+    def full(world: World) -> str:
+        if world.rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        with pytest.raises(ExportError) as caught:
+            export(checkpoint, out, config, file_bytes=50_000)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        return str(caught.value)
+
+    messages = run_ranks(2, full)
+    assert messages[0] == messages[1] and "File too large" in messages[0] and "mend it and export again" in messages[0]
+    assert not out.exists() and not list(tmp_path.glob("run/.*partial"))
+
+    def unreadable(world: World) -> str:
+        torch.distributed.barrier()
+        seen = checkpoint if world.rank == 0 else tmp_path / "nowhere"
+        with pytest.raises(ExportError, match="nowhere"):
+            export(seen, out, config)
+        return "stopped"
+
+    assert run_ranks(2, unreadable) == ["stopped"] * 2
+    assert not out.exists() and not list(tmp_path.glob("run/.*partial"))

@@ -15,7 +15,7 @@ from model import ConfigError, Gemma4Config, UserError
 from model.hub import load_model
 from tests.distributed import run_ranks
 from tests.model.multimodal import save_reference, whole_reference
-from tests.runs import losses, make_corpus, overrides, train_on, train_once
+from tests.runs import losses, make_corpus, overrides, records, train_on, train_once
 from train.export import MANIFEST
 from train.load_config import load_config
 
@@ -70,13 +70,13 @@ def test_frozen_encoders_come_out_as_they_went_in_and_the_text_does_not(released
 
 def test_a_run_goes_on_although_its_source_is_gone(released: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(released, tmp_path / "source"))
-    train_on(2, arguments(tmp_path, released, f"run.dir={tmp_path / 'whole'}", "train.steps=6"))
-    train_on(2, arguments(tmp_path, source, "train.steps=6", "checkpoint.every=3", "train.log_every=1"))
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
+    train_on(2, arguments(tmp_path, released, f"run.dir={tmp_path / 'whole'}", "train.steps=4"))
+    train_on(2, arguments(tmp_path, source, "train.steps=4", "checkpoint.every=2", "train.log_every=1"))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000004")
     shutil.rmtree(source)
     (tmp_path / "run" / "metrics.jsonl").unlink()
-    train_on(2, arguments(tmp_path, source, "train.steps=6", "checkpoint.every=3"))
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")[3:]
+    train_on(2, arguments(tmp_path, source, "train.steps=4", "checkpoint.every=2"))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")[2:]
 
 
 @pytest.mark.parametrize(
@@ -116,6 +116,22 @@ def test_an_encoder_no_batch_touched_is_saved_and_found_again(released: Path, tm
     assert losses(tmp_path / "run") == whole[2:]
 
 
+def test_a_frozen_encoder_may_be_trained_later(released: Path, tmp_path: Path) -> None:
+    """The usual two stages: first with the towers frozen, then all; and back."""
+    train_on(2, arguments(tmp_path, released, "train.steps=2"))
+    branch = [f"run.resume={tmp_path / 'run' / 'checkpoints' / 'step_00000002'}", f"run.dir={tmp_path / 'second'}"]
+    more = ("model.vision=train", "model.audio=projector", "train.steps=4", "export.at_end=true")
+    train_on(2, arguments(tmp_path, released, *branch, *more))
+    assert [r["step"] for r in records(tmp_path / "second")] == [3, 4]
+    out = tmp_path / "second" / "export" / "step_00000004"
+    assert json.loads((out / "generation_config.json").read_text())["suppress_tokens"] == [
+        9
+    ]  # of the first run's source
+    train_on(1, arguments(tmp_path, released, "train.steps=3", "model.vision=train", "model.audio=train"))
+    train_on(1, arguments(tmp_path, released, "train.steps=5"))
+    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -134,3 +150,8 @@ def test_what_cannot_work_is_refused(more: list[str], message: str, released: Pa
 def test_an_encoder_that_the_variant_lacks_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"model.audio=train, but this model has no audio encoder; legal: none\.$"):
         load_config(["+variant=tiny_31b", "model.audio=train"])
+
+
+def test_a_frozen_encoder_without_weights_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"would keep a tower of random weights; give model.weights, or set train\.$"):
+        load_config(["+variant=tiny_31b", "model.vision=freeze"])
