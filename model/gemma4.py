@@ -23,6 +23,8 @@ from model.vision import MediaProjector, VisionEmbedder, VisionTower
 class TextDecoder(nn.Module):
     """Embedding tables, decoder layers and final norm; module names are those of the released checkpoints."""
 
+    embed_tokens_per_layer: nn.Module
+
     def __init__(self, config: Gemma4Config) -> None:
         super().__init__()
         self.config = config

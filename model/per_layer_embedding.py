@@ -15,7 +15,7 @@ from model.norm import RMSNorm
 def per_layer_inputs(
     tokens_T: Tensor,
     x_TD: Tensor,
-    table: nn.Embedding,
+    table: nn.Module,
     projection: nn.Linear,
     norm: RMSNorm,
     num_layers: int,
@@ -45,7 +45,7 @@ def per_layer_inputs(
     return tuple(parts)
 
 
-def scaled_embedding(tokens_T: Tensor, table: nn.Embedding, width: int) -> Tensor:
+def scaled_embedding(tokens_T: Tensor, table: nn.Module, width: int) -> Tensor:
     """Rows of the table times sqrt(width), the factor rounded to the table's dtype first."""
     rows = table(tokens_T)
     return rows * torch.tensor(width**0.5, dtype=rows.dtype).item()

@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from model import Gemma4, Gemma4Config
 from model.init import Fill
 from parallel.activation_checkpoint import apply_activation_checkpoint
+from parallel.embedding_shards import shard_embedding_rows
 from parallel.fsdp import shard
 from parallel.initialise import initialise
 
@@ -24,7 +25,7 @@ def build_parallel_model(
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
 ) -> Gemma4:
-    """A model on `meta`, then activation checkpointing, then FSDP2, then storage and values.
+    """A model on `meta`, then row-sharded tables, activation checkpointing, FSDP2, then storage and values.
 
     frozen: names of top modules that are not trained.
     """
@@ -32,11 +33,13 @@ def build_parallel_model(
         model = Gemma4(config)
     for name in frozen:
         model.get_submodule(name).requires_grad_(False)
+    sharded_rows = shard_embedding_rows(model, mesh, compute_dtype)
     apply_activation_checkpoint(model, activation_checkpoint)
     shard(
         model,
         mesh,
         compute_dtype=compute_dtype,
+        ignored=sharded_rows,
         reshard_after_forward=reshard_after_forward,
         cpu_offload=cpu_offload,
     )

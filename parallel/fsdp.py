@@ -3,7 +3,7 @@
 | unit                                                   | why                                              |
 |--------------------------------------------------------|--------------------------------------------------|
 | each decoder layer                                     | gathered for its own forward and backward        |
-| per-layer embedding table                              | larger than the rest of E2B; not held in between |
+| (per-layer embedding table: none)                      | its rows are exchanged, see embedding_shards.py  |
 | each layer of the image and audio towers               | as a decoder layer                               |
 | the rest of each tower                                 | only batches with its media touch it             |
 | root: token table (= tied head), norms, projections    | used first and last, so gathered throughout      |
@@ -36,10 +36,11 @@ def shard(
     mesh: DeviceMesh,
     *,
     compute_dtype: torch.dtype,
+    ignored: set[nn.Parameter] | None = None,
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
 ) -> None:
-    """Shard in place over `dp_shard`, replicate over `dp_replicate`.
+    """Shard in place over `dp_shard`, replicate over `dp_replicate`; `ignored` parameters are left as they are.
 
     Gradients are summed, not averaged: the trainer divides the loss by the global token count.
     """
@@ -52,13 +53,18 @@ def shard(
     dp_mesh = mesh if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
 
     def unit(module: nn.Module, reshard: bool) -> None:
-        fully_shard(module, mesh=dp_mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload)
+        fully_shard(
+            module,
+            mesh=dp_mesh,
+            reshard_after_forward=reshard,
+            mp_policy=policy,
+            offload_policy=offload,
+            ignored_params=ignored,
+        )
 
     text = model.language_model
     for layer in text.layers:
         unit(layer, reshard_after_forward)
-    if model.config.hidden_size_per_layer_input:
-        unit(text.embed_tokens_per_layer, reshard_after_forward)
     if isinstance(model.config.vision, VisionConfig):
         for layer in model.vision_tower.encoder.layers:
             unit(layer, reshard_after_forward)
