@@ -22,6 +22,7 @@ def build_parallel_model(
     frozen: tuple[str, ...] = (),
     compute_dtype: torch.dtype = torch.float32,
     activation_checkpoint: str = "none",
+    activation_checkpoint_every: int = 1,
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
 ) -> Gemma4:
@@ -34,7 +35,7 @@ def build_parallel_model(
     for name in frozen:
         model.get_submodule(name).requires_grad_(False)
     sharded_rows = shard_embedding_rows(model, mesh, compute_dtype)
-    apply_activation_checkpoint(model, activation_checkpoint)
+    apply_activation_checkpoint(model, activation_checkpoint, activation_checkpoint_every)
     shard(
         model,
         mesh,

@@ -102,7 +102,9 @@ class CheckpointConfig:
 @dataclass
 class ActivationCheckpointConfig:
     mode: str = "none"
-    """none | full"""
+    """none | full (recompute whole layers) | selective (keep attention and every second product, recompute the rest)"""
+    every: int = 1
+    """Recompute in every n-th layer; the others keep all."""
 
 
 @dataclass

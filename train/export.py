@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -217,7 +218,9 @@ class _Plan:
         for name in self.files[number]:
             pending[name] = torch.empty(self.shapes[name])
             if sum(tensor.nbytes for tensor in pending.values()) > _READ_BYTES or name == self.files[number][-1]:
-                dcp.load({_MODEL.rstrip("."): pending}, checkpoint_id=self.checkpoint, no_dist=True)
+                with warnings.catch_warnings():  # it says that it reads alone, which is what is asked of it
+                    warnings.simplefilter("ignore")
+                    dcp.load({_MODEL.rstrip("."): pending}, checkpoint_id=self.checkpoint, no_dist=True)
                 while pending:
                     read, tensor = pending.popitem()
                     written[disk_key(read, text_only=self.text_only)] = tensor.to(self.dtypes[read])

@@ -36,7 +36,7 @@ CHOICES = {
     "data.format": ("text", "chat"),
     "parallel.gradient_sync": ("last", "every"),
     "schedule.name": ("constant", "linear", "cosine", "wsd"),
-    "activation_checkpoint.mode": ("none", "full"),
+    "activation_checkpoint.mode": ("none", "full", "selective"),
     "export.dtype": ("auto", "bfloat16", "float32"),
     "model.vision": ("none", "freeze", "projector", "train"),
     "model.audio": ("none", "freeze", "projector", "train"),
@@ -61,6 +61,7 @@ _AT_LEAST = {
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
     "export.every": 0,
+    "activation_checkpoint.every": 1,
 }
 
 

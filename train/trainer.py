@@ -83,6 +83,7 @@ class Trainer:
             frozen=self.frozen,
             compute_dtype=self.dtype,
             activation_checkpoint=config.activation_checkpoint.mode,
+            activation_checkpoint_every=config.activation_checkpoint.every,
             reshard_after_forward=config.parallel.reshard_after_forward,
             cpu_offload=config.parallel.cpu_offload,
         )
@@ -294,6 +295,9 @@ class Trainer:
             *sizes,
             str(self.dtype).removeprefix("torch."),
         )
+        for name, _ in self.model.named_children():
+            if name != "language_model":
+                log.info("%s: %s", name, "frozen" if name in self.frozen else "trained")
         log.info(
             "kernels: attention %s (%d sliding layers of window %d, %d full) | experts %s | loss chunked linear "
             "cross entropy | activation checkpoint %s",

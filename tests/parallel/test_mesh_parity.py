@@ -23,6 +23,8 @@ MESHES: dict[str, tuple[int, tuple[str, ...]]] = {
     "2 ranks, kept gathered": (2, ("parallel.reshard_after_forward=false",)),
     "2 ranks, cpu offload": (2, ("parallel.cpu_offload=true",)),
     "2 ranks, recompute": (2, ("activation_checkpoint.mode=full",)),
+    "2 ranks, selective": (2, ("activation_checkpoint.mode=selective",)),
+    "2 ranks, recompute every 3rd": (2, ("activation_checkpoint.mode=full", "activation_checkpoint.every=3")),
 }
 # Routing is a choice: rounding that swaps two near-equal experts changes a token's output at once, and after a few
 # steps there is such a token. With every expert chosen, only sums are left to differ.
