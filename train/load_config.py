@@ -29,6 +29,7 @@ from train.config import ENCODERS, Config, ModelConfig
 
 CONFIG_FOLDER = Path(configs.__file__).parent
 GROUPS = ("variant",)
+_RECIPE = ("variant=", "optimizer.lr=")
 
 CHOICES = {
     "run.device": ("auto", "cpu", "cuda"),
@@ -83,6 +84,12 @@ def load_config(overrides: list[str]) -> Config:
         raise ConfigError(_one_line(error)) from None
     assert isinstance(config, Config)
     _validate(config)
+    if config.weights is not None and not any(text.lstrip("+").startswith(_RECIPE) for text in cleaned):
+        raise ConfigError(
+            f"model.weights={config.model.weights} would be trained at optimizer.lr={config.optimizer.lr}, "  # type: ignore[attr-defined]
+            "which suits a tiny model from scratch; set optimizer.lr (1e-5 is usual), or take a recipe such as "
+            "+variant=e4b_it."
+        )
     return config
 
 

@@ -152,6 +152,12 @@ def test_an_encoder_that_the_variant_lacks_is_refused() -> None:
         load_config(["+variant=tiny_31b", "model.audio=train"])
 
 
+def test_weights_are_not_trained_at_the_rate_of_a_tiny_model_from_scratch(released: Path) -> None:
+    with pytest.raises(ConfigError, match=r"at optimizer.lr=0.005, which suits a tiny model .* \+variant=e4b_it\.$"):
+        load_config([f"model.weights={released}"])
+    assert load_config([f"model.weights={released}", "optimizer.lr=1e-5"]).optimizer.lr == 1e-5
+
+
 def test_a_frozen_encoder_without_weights_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"would keep a tower of random weights; give model.weights, or set train\.$"):
         load_config(["+variant=tiny_31b", "model.vision=freeze"])
