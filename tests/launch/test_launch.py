@@ -144,7 +144,10 @@ def test_export_of_a_run_by_command(tmp_path: Path) -> None:
     ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
     assert ids == encode(render(messages, size="large"), ours).ids
     assert theirs.eos_token_id == 1 and theirs.pad_token_id == 0 and theirs.bos_token_id == 2
-    status, _, error = command("export", f"run={tmp_path / 'run'}", f"out={out}")
+    written = (out / "model.safetensors").stat().st_mtime_ns
+    status, _, _ = command("export", f"run={tmp_path / 'run'}", f"out={out}")
+    assert status == 0 and (out / "model.safetensors").stat().st_mtime_ns == written  # it is there: nothing to do
+    status, _, error = command("export", f"run={tmp_path / 'run'}", f"out={tmp_path}")
     assert status == 1 and error.startswith("error: ") and "is there already" in error
     status, _, error = command("export", f"run={tmp_path}", f"out={out}")
     assert status == 1 and error.endswith("holds no checkpoints; give the run.dir of a training run.\n")
