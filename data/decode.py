@@ -14,7 +14,7 @@ from av.audio.frame import AudioFrame
 from av.container import InputContainer
 from PIL import Image, ImageOps
 
-from model.errors import UserError
+from model.media import MediaError
 
 ImageSource: TypeAlias = str | Path | Image.Image | np.ndarray
 AudioSource: TypeAlias = str | Path | tuple[np.ndarray, int]
@@ -25,10 +25,6 @@ MAX_SAMPLES = 30 * SAMPLING_RATE
 """Gemma 4 hears 30 seconds; what follows is cut."""
 FALLBACK_FPS = 24.0
 """For a video whose file states no frame rate."""
-
-
-class MediaError(UserError):
-    """An image, video or sound that cannot be used."""
 
 
 def read_image(source: ImageSource) -> Image.Image:

@@ -23,7 +23,7 @@ TEXT, IMAGE, VIDEO, AUDIO = range(4)
 
 
 class MediaError(UserError):
-    """Media that do not fit their tokens."""
+    """An image, video or sound that cannot be used, or does not fit its tokens."""
 
 
 @dataclass(frozen=True)

@@ -221,13 +221,10 @@ class Checkpointer:
         newly_trained: top modules that were frozen when it was saved; their optimizer state stays as it is.
         """
         tensors = _tensors(model, optimizer)
-        if newly_trained:
-            fresh = tensors["optimizer"]["state"]
-            kept = {name: fresh.pop(name) for name in list(fresh) if name.partition(".")[0] in newly_trained}
-            dcp.load(tensors, checkpoint_id=folder, process_group=self._group)
-            fresh.update(kept)
-        else:
-            dcp.load(tensors, checkpoint_id=folder, process_group=self._group)
+        state = tensors["optimizer"]["state"]
+        kept = {name: state.pop(name) for name in list(state) if name.partition(".")[0] in newly_trained}
+        dcp.load(tensors, checkpoint_id=folder, process_group=self._group)
+        state.update(kept)
         set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
         return read_state(folder)
 

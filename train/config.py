@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -168,9 +169,9 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     trackers: TrackersConfig = field(default_factory=TrackersConfig)
 
-    @property
+    @cached_property
     def weights(self) -> Path | None:
-        """The folder of the checkpoint to start from."""
+        """The folder of the checkpoint to start from; looked up once, as it may be on the hub."""
         source = self.model.weights  # type: ignore[attr-defined]
         if source is None:
             return None
