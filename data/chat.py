@@ -17,6 +17,8 @@ from model.errors import UserError
 
 Message = Mapping[str, Any]
 
+NEWEST = "2026-07-09"
+"""Revision of the released template that is written unless another is asked for."""
 SIZES = ("small", "large")
 """The template of E2B and E4B, and that of 12B, 26B-A4B and 31B; they differ in the generation prompt alone."""
 MEDIA_KINDS = {"image": "image", "image_url": "image", "audio": "audio", "input_audio": "audio", "video": "video"}
@@ -47,7 +49,7 @@ class Revision:
 
 _APRIL = Revision(null="None", thoughts="with_calls", string_arguments=True, balanced=False)
 REVISIONS = {
-    "2026-07-09": Revision(),
+    NEWEST: Revision(),
     "2026-04-late": _APRIL,
     "2026-04-02": replace(_APRIL, after_think="", around_pictures="\n\n", thoughts="none", tool_turns=True),
 }
@@ -75,7 +77,7 @@ def render(
     add_generation_prompt: bool = False,
     preserve_thinking: bool = False,
     continue_final_message: bool = False,
-    revision: str = "2026-07-09",
+    revision: str = NEWEST,
 ) -> Rendered:
     """Text and spans of a conversation; `continue_final_message` leaves the last answer open.
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from data.audio import MELS, SAMPLES_PER_TOKEN
 from data.chat import MEDIA_KINDS
 from data.conversation import ConversationError
-from data.media import MediaError, MediaItem, MediaProcessor
+from data.media import MediaItem, MediaProcessor
 from data.tokenizer import TokenizerError
 from model import ConfigError, Gemma4Config
+from model.media import MediaError
 from model.media_config import AudioConfig, VisionEmbedderConfig
 
 _EXAMPLE = '{"type": "image", "path": "cat.png"}'
@@ -128,11 +129,8 @@ def load_media(
                 f"images, frames or clips, before {file.num_tokens} for {file.num_pieces}; "
                 f"put the old file back, or delete {corpus} to prepare again."
             )
-        values, positions = item.values.split(item.lengths), item.positions
-        if file.kind == "audio":
-            clips += values
-        else:
-            images += zip(values, positions.split(item.lengths), strict=True)
+        images += item.images
+        clips += item.clips
     return tuple(images), tuple(clips)
 
 

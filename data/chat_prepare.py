@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from data.chat import NEWEST
 from data.chat_media import MediaFile, check_media_tokens, measure, media_paths, media_processor
 from data.chat_shards import ChatShard, Counts, write_chats
 from data.conversation import (
@@ -30,8 +31,6 @@ from data.sources import SourceError, source_files
 from data.tokenizer import load_tokenizer
 from model import Gemma4Config
 
-REVISION = "2026-07-09"
-"""Of the chat template that conversations are written with."""
 _FORMAT = 1
 
 
@@ -87,7 +86,7 @@ class _Maker:
     @property
     def settings(self) -> str:
         sees = self.config.vision is not None
-        return f"{_FORMAT}/{REVISION}/{self.size}/{self.flags}/{self.sequence_length}/{sees}/{self.processor}"
+        return f"{_FORMAT}/{NEWEST}/{self.size}/{self.flags}/{self.sequence_length}/{sees}/{self.processor}"
 
     def make(self, folder: Path, files: list[Path], source: str) -> None:
         self.tokenizer.save(str(folder / "tokenizer.json"))
@@ -119,7 +118,7 @@ class _Maker:
         if isinstance(item, Document):
             with located(item.where):
                 return encode_text(item.text, self.tokenizer), []
-        rendered = item.render(self.size, revision=REVISION, **self.flags)
+        rendered = item.render(self.size, **self.flags)
         with located(item.where):
             kinds = [kind for kind, _, _ in rendered.media]
             paths = media_paths(item.messages, kinds, folder)

@@ -8,8 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from data.chat import SIZES, ChatError
+from model import Gemma4Config
 
 _SOURCE = Path(__file__).parent / "templates" / "gemma4.jinja"
+
+
+def template_size(config: Gemma4Config) -> str:
+    """Which template a model was released with: "small" for E2B and E4B, "large" for the others."""
+    return "small" if config.hidden_size_per_layer_input else "large"
 
 
 def chat_template(size: str) -> str:

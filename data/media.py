@@ -14,7 +14,6 @@ from data.decode import (
     SAMPLING_RATE,
     AudioSource,
     ImageSource,
-    MediaError,
     VideoSource,
     read_audio,
     read_image,
@@ -23,6 +22,7 @@ from data.decode import (
 )
 from data.images import BUDGETS, cut_patches
 from data.tokenizer import MEDIA_TOKENS
+from model.media import MediaError
 
 BEGIN_IMAGE, BEGIN_AUDIO, IMAGE, AUDIO, END_IMAGE, END_AUDIO, VIDEO = MEDIA_TOKENS
 MEL_FRAMES_PER_TOKEN = 4
@@ -46,6 +46,18 @@ class MediaItem:
     positions: Tensor
     lengths: tuple[int, ...]
     num_tokens: int
+
+    @property
+    def images(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """(patches [T, C], positions [T, 2]) of the image, or of each frame of the video."""
+        if self.kind == "audio":
+            return ()
+        return tuple(zip(self.values.split(self.lengths), self.positions.split(self.lengths), strict=True))
+
+    @property
+    def clips(self) -> tuple[Tensor, ...]:
+        """Frames [T, F] of the sound."""
+        return (self.values,) if self.kind == "audio" else ()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from model import hub
 from model.errors import UserError
 
 PAD, EOS, BOS = 0, 1, 2
+STOPS = (EOS, 106, 50)
+"""<eos>, <turn|>, <|tool_response>: where generation ends."""
 
 _NAMED = {
     0: "<pad>",

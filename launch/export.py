@@ -24,11 +24,9 @@ import torch.distributed as dist
 from launch.arguments import run
 from model import Gemma4Config, UserError
 from model.errors import nearest
-from parallel.mesh import World, init_process_group
+from parallel.mesh import DTYPES, World, init_process_group
 from train.checkpoint import Checkpointer, read_state
 from train.export import export
-
-DTYPES = ("auto", "bfloat16", "float32")
 
 
 @dataclass

@@ -22,17 +22,16 @@ from tokenizers.decoders import DecodeStream
 
 from data.chat import render
 from data.chat_media import check_media_tokens, media_processor
+from data.chat_template import template_size
 from data.conversation import encode
 from data.media import MediaItem
-from data.tokenizer import BOS
+from data.tokenizer import BOS, STOPS
 from launch.arguments import run
 from model import Gemma4, UserError
 from model.generate import stream
 from model.hf_config import read_json
 from model.hub import load_model, load_tokenizer, resolve
-
-TURN_ENDS = (1, 106, 50)
-"""<eos>, <turn|>, <|tool_response>: where a folder without generation_config.json stops."""
+from parallel.mesh import DEVICES, DTYPES, World, compute_dtype, select_device
 
 
 @dataclass
@@ -57,9 +56,12 @@ class Options:
 
 def generate(options: Options) -> Iterator[str]:
     """Pieces of text as they become whole characters. Raises `UserError`."""
-    device = _device(options.device)
+    for name, value, legal in (("device", options.device, DEVICES), ("dtype", options.dtype, DTYPES)):
+        if value not in legal:
+            raise UserError(f"{name}={value} does not exist; legal: {', '.join(legal)}.")
+    device = select_device(options.device, World.from_environment())
     folder = resolve(options.weights)
-    model = load_model(folder, dtype=_dtype(options.dtype, device), device=device)
+    model = load_model(folder, dtype=compute_dtype(options.dtype, device), device=device)
     tokenizer = load_tokenizer(folder)
     chat = options.chat if options.chat is not None else _has_template(folder)
     media = _read_media(options, model)
@@ -68,7 +70,7 @@ def generate(options: Options) -> Iterator[str]:
     if chat:
         rendered = render(
             _messages(options),
-            size="small" if model.config.hidden_size_per_layer_input else "large",
+            size=template_size(model.config),
             enable_thinking=options.thinking,
             add_generation_prompt=True,
         )
@@ -89,13 +91,8 @@ def generate(options: Options) -> Iterator[str]:
         model,
         [ids],
         options.max_new_tokens,
-        images=[
-            pair
-            for item in media
-            if item.kind != "audio"
-            for pair in zip(item.values.split(item.lengths), item.positions.split(item.lengths), strict=True)
-        ],
-        clips=[item.values for item in media if item.kind == "audio"],
+        images=[image for item in media for image in item.images],
+        clips=[clip for item in media for clip in item.clips],
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
@@ -141,23 +138,7 @@ def _has_template(folder: Path) -> bool:
 def _stops(folder: Path) -> list[int]:
     path = folder / "generation_config.json"
     found = read_json(path).get("eos_token_id") if path.is_file() else None
-    return list(TURN_ENDS) if found is None else [found] if isinstance(found, int) else list(found)
-
-
-def _device(wanted: str) -> torch.device:
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device={wanted} does not exist; legal: auto, cpu, cuda.")
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda, but no GPU is visible; set device=cpu.")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _dtype(wanted: str, device: torch.device) -> torch.dtype:
-    if wanted not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"dtype={wanted} does not exist; legal: auto, float32, bfloat16.")
-    if wanted == "auto":
-        wanted = "bfloat16" if device.type == "cuda" else "float32"
-    return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+    return list(STOPS) if found is None else [found] if isinstance(found, int) else list(found)
 
 
 def print_generated(options: Options) -> None:

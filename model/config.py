@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from model.errors import ConfigError
-from model.hf_config import config_from_hf, config_to_hf, read_config_json
+from model.hf_config import config_to_hf, fields_from_hf, read_json
 from model.media_config import AudioConfig, AudioEmbedderConfig, VisionConfig, VisionEmbedderConfig
 from model.variants import variant_fields
 
@@ -215,7 +215,13 @@ class Gemma4Config:
     @classmethod
     def from_hf(cls, source: Path | str | dict[str, Any]) -> Gemma4Config:
         """Config of a checkpoint folder or of its `config.json` as a dict, in either spelling."""
-        return config_from_hf(source if isinstance(source, dict) else read_config_json(Path(source)))
+        raw = source if isinstance(source, dict) else read_json(Path(source) / "config.json")
+        try:
+            return cls(**fields_from_hf(raw))
+        except ConfigError:
+            raise
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            raise ConfigError(f"config.json has a value of the wrong kind ({error!r}); fetch it again.") from None
 
     def to_hf(self) -> dict[str, Any]:
         """`config.json` as a dict, in both spellings."""

@@ -85,11 +85,6 @@ _TOKEN_IDS = (
 )
 
 
-def read_config_json(folder: Path) -> dict[str, Any]:
-    """The raw `config.json` of a checkpoint folder. Raises `ConfigError`."""
-    return read_json(folder / "config.json")
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a checkpoint folder. Raises `ConfigError`."""
     try:
@@ -105,19 +100,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def config_from_hf(raw: dict[str, Any]) -> Gemma4Config:
-    """Raises `ConfigError` for another model, or a Gemma 4 that is not as released."""
-    try:
-        return _config_from_hf(raw)
-    except ConfigError:
-        raise
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, StopIteration) as error:
-        raise ConfigError(f"config.json has a value of the wrong kind ({error!r}); fetch it again.") from None
-
-
-def _config_from_hf(raw: dict[str, Any]) -> Gemma4Config:
-    from model.config import Gemma4Config
-
+def fields_from_hf(raw: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a `Gemma4Config`. Raises `ConfigError` for another model, or a Gemma 4 that is not as released."""
     kind = str(raw.get("model_type"))
     if kind not in TEXT_ONLY and kind not in WHOLE:
         legal = (*WHOLE, *TEXT_ONLY)
@@ -147,7 +131,7 @@ def _config_from_hf(raw: dict[str, Any]) -> Gemma4Config:
         soft_tokens = raw.get("vision_soft_tokens_per_image")
         if soft_tokens and fields.get("vision"):
             fields["vision"] = dataclasses.replace(fields["vision"], soft_tokens=soft_tokens)
-    return Gemma4Config(**fields)
+    return fields
 
 
 def config_to_hf(config: Gemma4Config, base: dict[str, Any] | None = None, dtype: str = "bfloat16") -> dict[str, Any]:

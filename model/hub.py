@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from model.config import Gemma4Config
 from model.errors import ConfigError, UserError, nearest
 from model.gemma4 import Gemma4
-from model.hf_config import config_from_hf, read_config_json
 from model.hf_format import Weights, WeightsError
 from model.init import whole_slices
 from model.variants import HUB_IDS
@@ -56,7 +56,7 @@ def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32, device
     Buffers keep float32. Raises `WeightsError` or `ConfigError`.
     """
     folder = resolve(str(source))
-    config = config_from_hf(read_config_json(folder))
+    config = Gemma4Config.from_hf(folder)
     weights = Weights(folder, config)
     with torch.device("meta"):
         model = Gemma4(config)

@@ -12,6 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from model.config import ConfigError, divisors
 
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "bfloat16", "float32")
+
 
 @dataclass(frozen=True)
 class World:
@@ -75,6 +78,13 @@ def init_process_group(world: World, device: torch.device) -> None:
 
 def build_mesh(device: torch.device, dp_replicate: int, dp_shard: int) -> DeviceMesh:
     return init_device_mesh(device.type, (dp_replicate, dp_shard), mesh_dim_names=("dp_replicate", "dp_shard"))
+
+
+def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """One of `DTYPES`; auto is bfloat16 on a GPU and float32 on a CPU."""
+    if wanted == "auto":
+        wanted = "bfloat16" if device.type == "cuda" else "float32"
+    return torch.bfloat16 if wanted == "bfloat16" else torch.float32
 
 
 def select_device(wanted: str, world: World) -> torch.device:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from data.batch import Row
 from data.chat_packing import ChatDataset
 from data.chat_prepare import ChatCorpus, prepare_chats
+from data.chat_template import template_size
 from data.packing import PackedDataset
 from data.prepare import Corpus, prepare
 from model import ConfigError, Gemma4Config, UserError
@@ -67,7 +68,7 @@ def _prepare(config: Config, model: Gemma4Config) -> Corpus:
     return prepare_chats(
         data.source,
         tokenizer,
-        size="small" if model.hidden_size_per_layer_input else "large",
+        size=template_size(model),
         thinking=data.thinking,
         config=model,
         sequence_length=data.sequence_length,

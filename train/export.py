@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from data.chat_template import chat_template
+from data.chat_template import chat_template, template_size
+from data.tokenizer import STOPS
 from model import Gemma4Config, UserError
 from model.hf_config import config_to_hf
 from model.hf_format import INDEX, SINGLE, disk_key
@@ -283,14 +284,14 @@ def _companions(config: Gemma4Config) -> dict[str, Any]:
         },
         "generation_config.json": {
             "bos_token_id": config.bos_token_id,
-            "eos_token_id": [config.eos_token_id, 106, 50],
+            "eos_token_id": list(STOPS),
             "pad_token_id": config.pad_token_id,
             "do_sample": True,
             "temperature": 1.0,
             "top_k": 64,
             "top_p": 0.95,
         },
-        "chat_template.jinja": chat_template("small" if config.hidden_size_per_layer_input else "large"),
+        "chat_template.jinja": chat_template(template_size(config)),
     }
 
 

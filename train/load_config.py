@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 import configs
 from model import ConfigError, Gemma4Config
 from model.errors import nearest
+from parallel.mesh import DEVICES, DTYPES
 from train.config import ENCODERS, Config, ModelConfig
 
 CONFIG_FOLDER = Path(configs.__file__).parent
@@ -32,13 +33,13 @@ GROUPS = ("variant",)
 _RECIPE = ("variant=", "optimizer.lr=")
 
 CHOICES = {
-    "run.device": ("auto", "cpu", "cuda"),
-    "run.dtype": ("auto", "bfloat16", "float32"),
+    "run.device": DEVICES,
+    "run.dtype": DTYPES,
     "data.format": ("text", "chat"),
     "parallel.gradient_sync": ("last", "every"),
     "schedule.name": ("constant", "linear", "cosine", "wsd"),
     "activation_checkpoint.mode": ("none", "full", "selective"),
-    "export.dtype": ("auto", "bfloat16", "float32"),
+    "export.dtype": DTYPES,
     "model.vision": ("none", "freeze", "projector", "train"),
     "model.audio": ("none", "freeze", "projector", "train"),
     "trackers.wandb.mode": ("disabled", "offline", "online"),

@@ -24,7 +24,7 @@ from model.media import Media
 from parallel.apply import build_parallel_model
 from parallel.fsdp import require_gradient_sync
 from parallel.grad_norm import clip_grad_norm
-from parallel.mesh import World, build_mesh, data_parallel_sizes, micro_batch_size
+from parallel.mesh import World, build_mesh, compute_dtype, data_parallel_sizes, micro_batch_size
 from train.checkpoint import Checkpointer, read_state
 from train.config import Config
 from train.corpus import build_dataset, describe_data, prepare_corpus
@@ -56,7 +56,7 @@ class Trainer:
         self.micro_batch_size = micro_batch_size(
             config.train.global_batch_size, config.train.micro_batch_size, world.size
         )
-        self.dtype = _compute_dtype(config.run.dtype, device)
+        self.dtype = compute_dtype(config.run.dtype, device)
         if config.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -319,9 +319,3 @@ class Trainer:
         )
         if checkpoint is not None:
             log.info("resumed from %s at step %d", checkpoint, self.progress.step)
-
-
-def _compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    if wanted == "auto":
-        wanted = "bfloat16" if device.type == "cuda" else "float32"
-    return torch.bfloat16 if wanted == "bfloat16" else torch.float32

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.media import MediaError, MediaProcessor
+from data.media import MediaProcessor
+from model.media import MediaError
 
 
 @pytest.mark.parametrize(

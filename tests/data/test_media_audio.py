@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.decode import MediaError, read_audio, resample
+from data.decode import read_audio, resample
 from data.media import MediaProcessor
+from model.media import MediaError
 from tests.data.media_reference import mel_reference, waveform_reference
 from tests.report import report
 

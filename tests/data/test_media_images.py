@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ratio_preserving_size
 
-from data.decode import MediaError, read_image
+from data.decode import read_image
 from data.images import BUDGETS, fit
 from data.media import MediaProcessor
+from model.media import MediaError
 from tests.data.media_reference import image_reference, merged_reference
 from tests.report import report
 

@@ -12,8 +12,9 @@ import torch
 from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 
-from data.decode import MediaError, read_video, sample_indices
+from data.decode import read_video, sample_indices
 from data.media import MediaProcessor, timestamp
+from model.media import MediaError
 from tests.data.media_reference import TOKENS, frames_reference, merged_reference
 from tests.report import report
 
