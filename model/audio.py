@@ -21,18 +21,42 @@ from model.norm import RMSNorm
 
 
 class Clips(NamedTuple):
-    """Where clips lie among T flat frames: the first frame of each frame's clip, and the number of its clip."""
+    """What every layer gets alike about the T flat frames of some clips, made once per batch.
 
-    start_T: Tensor
-    index_T: Tensor
-    num_clips: int
+    Attention takes frames in B blocks of one window of W against contexts of C = 2 W: key j of a
+    context lies i + W - j frames before query i. Convolution takes them with a gap of zeros before
+    each clip, which stands for its left padding.
+    """
+
+    distance_WC: Tensor
+    visible_BWC: Tensor
+    """Keys of the window that belong to the query's clip; a padded query sees itself."""
+    sinusoid_WD: Tensor
+    """Encoding of the distances 0 to W - 1."""
+    place_T: Tensor
+    """Where each frame lies among the gaps, and the length of it all."""
+    spread: int
 
     @classmethod
-    def of(cls, lengths: list[int], device: torch.device) -> Clips:
+    def of(cls, lengths: list[int], config: AudioConfig, like: Tensor) -> Clips:
+        """Of clips of so many frames each, for a stream on the device and in the dtype of `like`."""
+        device, total = like.device, sum(lengths)
         sizes = torch.tensor(lengths, dtype=torch.long, device=device)
-        start = (sizes.cumsum(0) - sizes).repeat_interleave(sizes, output_size=sum(lengths))
-        index = torch.arange(len(lengths), device=device).repeat_interleave(sizes, output_size=sum(lengths))
-        return cls(start, index, len(lengths))
+        start_T = (sizes.cumsum(0) - sizes).repeat_interleave(sizes, output_size=total)
+        clip_T = torch.arange(len(lengths), device=device).repeat_interleave(sizes, output_size=total)
+        frame_T = torch.arange(total, device=device)
+        W, gap = config.window, config.conv_kernel_size - 1
+        distances = torch.arange(W, device=device)
+        distance_WC = distances[:, None] + W - torch.arange(2 * W, device=device)[None, :]
+        reach_BW = F.pad(frame_T - start_T, (0, -total % W)).view(-1, W)
+        visible_BWC = (distance_WC >= 0) & (distance_WC < W) & (distance_WC <= reach_BW[:, :, None])
+        return cls(
+            distance_WC,
+            visible_BWC,
+            sinusoid(distances, config.hidden_size).to(like.dtype),
+            frame_T + gap * (clip_T + 1),
+            total + gap * max(len(lengths), 1) + 1,
+        )
 
 
 class SubsampleLayer(nn.Module):
@@ -95,7 +119,6 @@ class AudioAttention(nn.Module):
         self.config = config
         self.num_heads = config.num_attention_heads
         self.head_dim = D // config.num_attention_heads
-        self.window = config.attention_context_left - 1
         self.q_proj = ClippedLinear(D, D, clipped)
         self.k_proj = ClippedLinear(D, D, clipped)
         self.v_proj = ClippedLinear(D, D, clipped)
@@ -104,33 +127,21 @@ class AudioAttention(nn.Module):
         self.per_dim_scale = nn.Parameter(torch.zeros(self.head_dim))
 
     def forward(self, x_TD: Tensor, clips: Clips) -> Tensor:
-        W, heads = self.window, (self.num_heads, self.head_dim)
+        W, heads = self.config.window, (self.num_heads, self.head_dim)
         q, k, v = (p(x_TD).float().unflatten(-1, heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         q = q * (self.head_dim**-0.5 / math.log(2)) * F.softplus(self.per_dim_scale)
         k = k * (math.log(1 + math.e) / math.log(2))
 
         q_BWNH, k_BCNH, v_BCNH = _blocks(q, W), _contexts(k, W), _contexts(v, W)
-        # Key j of a block's context of two windows lies i + W - j frames before query i.
-        distance_WC = torch.arange(W, device=q.device)[:, None] + W - torch.arange(2 * W, device=q.device)[None, :]
-        distances = torch.arange(W, device=q.device)
-        relative = self.relative_k_proj(sinusoid(distances, self.config.hidden_size).to(x_TD.dtype))
-        relative_WCNH = relative.float().unflatten(-1, heads)[distance_WC.clamp(0, W - 1)]
+        relative = self.relative_k_proj(clips.sinusoid_WD)
+        relative_WCNH = relative.float().unflatten(-1, heads)[clips.distance_WC.clamp(0, W - 1)]
         scores_BNWC = torch.einsum("bwnh,bcnh->bnwc", q_BWNH, k_BCNH)
         scores_BNWC = scores_BNWC + torch.einsum("bwnh,wcnh->bnwc", q_BWNH, relative_WCNH)
         cap = self.config.attention_logit_cap
         scores_BNWC = torch.tanh(scores_BNWC / cap) * cap
-        visible_BWC = self._visible(distance_WC, clips)
-        scores_BNWC = scores_BNWC.masked_fill(~visible_BWC[:, None], self.config.attention_invalid_logits_value)
+        scores_BNWC = scores_BNWC.masked_fill(~clips.visible_BWC[:, None], self.config.attention_invalid_logits_value)
         out_BWNH = torch.einsum("bnwc,bcnh->bwnh", scores_BNWC.softmax(dim=-1), v_BCNH)
         return self.post(out_BWNH.flatten(0, 1)[: len(x_TD)].flatten(1).to(x_TD.dtype))
-
-    def _visible(self, distance_WC: Tensor, clips: Clips) -> Tensor:
-        """Bool [B, W, C]: keys of the window that belong to the query's clip; a padded query sees itself."""
-        W = self.window
-        padded = -len(clips.start_T) % W
-        reach = torch.arange(len(clips.start_T), device=distance_WC.device) - clips.start_T
-        reach_BW = F.pad(reach, (0, padded)).view(-1, W)
-        return (distance_WC >= 0) & (distance_WC < W) & (distance_WC <= reach_BW[:, :, None])
 
 
 class LightConv(nn.Module):
@@ -152,12 +163,8 @@ class LightConv(nn.Module):
         return self.linear_end(F.silu(y)) + x_TD
 
     def _convolve(self, x_TD: Tensor, clips: Clips) -> Tensor:
-        """A gap of zeros before each clip stands for its left padding."""
-        gap = self.config.conv_kernel_size - 1
-        place_T = torch.arange(len(x_TD), device=x_TD.device) + gap * (clips.index_T + 1)
-        spread = x_TD.new_zeros(len(x_TD) + gap * max(clips.num_clips, 1) + 1, x_TD.shape[1])
-        spread = spread.index_copy(0, place_T, x_TD)
-        return self.depthwise_conv1d(spread.T[None])[0].T[place_T - gap]
+        spread = x_TD.new_zeros(clips.spread, x_TD.shape[1]).index_copy(0, clips.place_T, x_TD)
+        return self.depthwise_conv1d(spread.T[None])[0].T[clips.place_T - (self.config.conv_kernel_size - 1)]
 
 
 class AudioLayer(nn.Module):
@@ -193,7 +200,7 @@ class AudioTower(nn.Module):
 
     def forward(self, frames: Frames) -> Tensor:
         x_TD = self.subsample_conv_projection(frames)
-        clips = Clips.of([self.config.num_tokens(n) for n in frames.lengths], x_TD.device)
+        clips = Clips.of([self.config.num_tokens(n) for n in frames.lengths], self.config, x_TD)
         for layer in self.layers:
             x_TD = layer(x_TD, clips)
         return self.output_proj(x_TD)

@@ -95,6 +95,11 @@ class AudioConfig:
     def output_size(self) -> int:
         return self.output_proj_dims
 
+    @property
+    def window(self) -> int:
+        """Frames a frame attends to, itself included."""
+        return self.attention_context_left - 1
+
     def num_tokens(self, frames: int) -> int:
         """Soft tokens of a clip of so many valid frames: two halvings, rounded up."""
         return ((frames + 1) // 2 + 1) // 2

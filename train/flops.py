@@ -101,10 +101,9 @@ def _audio_products(audio: AudioConfig, frames: int, tokens: int) -> int:
     D, (first, second), mels = audio.hidden_size, audio.subsampling_conv_channels, audio.frame_width
     halves, quarter = (frames + 1) // 2, mels // 4
     convolutions = 9 * first * halves * (mels // 2) + 9 * first * second * tokens * quarter
-    window = audio.attention_context_left - 1
-    pairs = sum(min(i + 1, window) for i in range(tokens))
+    pairs = sum(min(i + 1, audio.window) for i in range(tokens))
     feed_forward, attention, light_conv = 16 * D * D, 4 * D * D, 3 * D * D + audio.conv_kernel_size * D
-    layer = tokens * (feed_forward + attention + light_conv) + 3 * pairs * D + window * D * D
+    layer = tokens * (feed_forward + attention + light_conv) + 3 * pairs * D + audio.window * D * D
     outer = tokens * (quarter * second * D + D * audio.output_proj_dims)
     return convolutions + outer + audio.num_hidden_layers * layer
 
