@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from model import Gemma4Config
+from model.config import LayerType
+from model.masks import AttentionMask
 from model.media import Media
 
 IGNORE = -100
@@ -32,21 +34,28 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """Integer tensors [B, S]. A document is a run of equal document ids; positions restart in each."""
+    """Integer tensors [B, S]. A document is a run of equal document ids; positions restart in each.
+
+    `masks` are set where the batch holds a part of each sequence only; otherwise the model makes them.
+    """
 
     tokens_BS: Tensor
     labels_BS: Tensor
     positions_BS: Tensor
     document_ids_BS: Tensor
     media: Media | None = None
+    masks: dict[LayerType, AttentionMask] | None = None
 
     @property
     def supervised_BS(self) -> Tensor:
         return self.labels_BS != IGNORE
 
     def to(self, device: torch.device) -> Batch:
-        moved = {name: part.to(device, non_blocking=True) for name, part in vars(self).items() if name != "media"}
-        return Batch(**moved, media=None if self.media is None else self.media.to(device))
+        parts = {name: getattr(self, name) for name in ("tokens_BS", "labels_BS", "positions_BS", "document_ids_BS")}
+        moved = {name: part.to(device, non_blocking=True) for name, part in parts.items()}
+        media = None if self.media is None else self.media.to(device)
+        masks = None if self.masks is None else {kind: mask.to(device) for kind, mask in self.masks.items()}
+        return Batch(**moved, media=media, masks=masks)
 
 
 def collate(rows: Sequence[Row], config: Gemma4Config) -> Batch:

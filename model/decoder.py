@@ -6,7 +6,7 @@ values that KV consumers read from the last producer of their own type.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,6 +21,7 @@ from model.mlp import MLP
 from model.moe import Experts, Router
 from model.norm import RMSNorm
 from model.rope import RotaryTable
+from model.stream import Rows
 
 KeyValueStore = Callable[[int, KeyValue], KeyValue]
 """Called with a producer's index and new keys and values; returns those its queries see (a cache adds the past)."""
@@ -75,7 +76,7 @@ class DecoderLayer(nn.Module):
         per_layer_input_TP: Tensor | None,
         context: LayerContext,
         shared: KeyValue | None = None,
-        queries: Tensor | None = None,
+        queries: Rows | None = None,
         store: KeyValueStore | None = None,
     ) -> tuple[Tensor, KeyValue | None]:
         """New stream at the query positions, and the keys and values made; None from a consumer.
@@ -85,13 +86,13 @@ class DecoderLayer(nn.Module):
         """
         normed = self.input_layernorm(x_TD)
         if shared is None:
-            key_value = self.self_attn.key_value(normed, context.key_table)
+            key_value = self.self_attn.key_value(normed, context.key_table, context.mask)
             if store is not None:
                 key_value = store(self.layer.index, key_value)
         else:
             key_value = shared
         if queries is not None:
-            x_TD, normed = x_TD[queries], normed[queries]
+            x_TD, normed = queries.take(x_TD), normed[queries.index]
         attended = self.self_attn(normed, key_value, context.query_table, context.mask)
         x_TD = x_TD + self.post_attention_layernorm(attended)
         x_TD = x_TD + self.post_feedforward_layernorm(self._feed_forward(x_TD))
@@ -110,30 +111,31 @@ class DecoderLayer(nn.Module):
 
 
 def decode(
-    layers: nn.ModuleList,
+    layers: Iterable[nn.Module],
     x_TD: Tensor,
-    per_layer_inputs: tuple[Tensor, ...] | None,
+    per_layer_inputs: Mapping[int, Tensor] | Sequence[Tensor] | None,
     contexts: dict[LayerType, LayerContext],
-    supervised_contexts: dict[LayerType, LayerContext],
-    supervised: Tensor | None,
-    first_kv_shared_layer: int,
+    narrowed_contexts: dict[LayerType, LayerContext],
+    rows: Rows | None,
+    narrow_at: int,
+    shared: dict[LayerType, KeyValue],
     store: KeyValueStore | None = None,
 ) -> Tensor:
-    """Run the layers; with `supervised` (row indices), narrow the stream at the last layer whose keys are read.
+    """Run the layers, filling `shared`; with `rows`, the stream narrows to them at layer `narrow_at`.
 
-    No later layer makes keys or values, so an unsupervised position's stream past that point
-    reaches nothing: its queries, feed-forward and per-layer input are not computed.
+    That is the last layer whose keys are read, or a later one. No later layer makes keys or
+    values, so another position's stream past that point reaches nothing: its queries,
+    feed-forward and per-layer input are not computed.
     """
-    shared: dict[LayerType, KeyValue] = {}
-    for index, layer in enumerate(layers):
+    for layer in layers:
         config = cast(LayerConfig, layer.layer)
-        narrowed = supervised is not None and index >= first_kv_shared_layer - 1
+        narrowed = rows is not None and config.index >= narrow_at
         x_TD, key_value = layer(
             x_TD,
-            per_layer_inputs[index] if per_layer_inputs is not None else None,
-            (supervised_contexts if narrowed else contexts)[config.type],
+            per_layer_inputs[config.index] if per_layer_inputs is not None else None,
+            (narrowed_contexts if narrowed else contexts)[config.type],
             shared[config.type] if config.is_kv_consumer else None,
-            supervised if narrowed and index == first_kv_shared_layer - 1 else None,
+            rows if config.index == narrow_at else None,
             store,
         )
         if key_value is not None:

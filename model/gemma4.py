@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.audio import AudioTower
 from model.config import Gemma4Config, LayerType
 from model.decoder import DecoderLayer, KeyValueStore, LayerContext, decode
-from model.head import softcapped_logits
+from model.head import Head
 from model.init import init_parameters
 from model.masks import AttentionMask, attention_mask
 from model.media import TEXT, Media, is_vision, token_types
@@ -17,6 +16,7 @@ from model.media_config import AudioConfig, VisionConfig
 from model.norm import RMSNorm
 from model.per_layer_embedding import per_layer_inputs, scaled_embedding
 from model.rope import rotary_table
+from model.stream import Rows, Stream
 from model.vision import MediaProjector, VisionEmbedder, VisionTower
 
 
@@ -51,6 +51,8 @@ class Gemma4(nn.Module):
         super().__init__()
         self.config = config
         self.language_model = TextDecoder(config)
+        self.stream = Stream()
+        self.head = Head(config.final_logit_softcapping)
         vision, audio = config.vision, config.audio
         if isinstance(vision, VisionConfig):
             self.vision_tower = VisionTower(vision)
@@ -85,53 +87,56 @@ class Gemma4(nn.Module):
         """
         text, config = self.language_model, self.config
         num_rows, length = tokens_BS.shape
-        device = tokens_BS.device
-        if positions is None:
-            positions = torch.arange(length, device=device).expand(num_rows, length)
         types_BS = token_types(config, tokens_BS)
         if masks is None:
-            masks = self._masks(types_BS, document_ids)
-        rows = None if supervised is None else supervised.flatten().nonzero()[:, 0]
+            masks = self.masks(types_BS, document_ids)
+        rows = None if supervised is None else self.stream.rows(supervised)
+        narrow_at = config.first_kv_shared_layer - 1
+        x_TD, per_layer = self.embed(tokens_BS, types_BS, media, rows, narrow_at)
+        contexts, narrowed = self.contexts(masks, positions, rows, x_TD.dtype)
+        x_TD = decode(text.layers, x_TD, per_layer, contexts, narrowed, rows, narrow_at, {}, store)
+        x_TD = text.norm(x_TD)
+        return x_TD.unflatten(0, (num_rows, length)) if rows is None else x_TD[: rows.count]
 
+    def embed(
+        self, tokens_BS: Tensor, types_BS: Tensor, media: Media | None, rows: Rows | None, narrow_at: int
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """The stream [T, D] that enters the first layer, and each layer's own input if the variant has them."""
+        text, config = self.language_model, self.config
         tokens_T = tokens_BS.masked_fill(types_BS != TEXT, config.pad_token_id).flatten()
         x_TD = scaled_embedding(tokens_T, text.embed_tokens, config.hidden_size)
         if media is not None:
             x_TD = self._scatter(x_TD, media)
-        per_layer = None
-        if config.hidden_size_per_layer_input:
-            per_layer = per_layer_inputs(
-                tokens_T,
-                x_TD,
-                text.embed_tokens_per_layer,
-                text.per_layer_model_projection,
-                text.per_layer_projection_norm,
-                config.num_hidden_layers,
-                rows,
-                config.first_kv_shared_layer - 1,
-            )
+        if not config.hidden_size_per_layer_input:
+            return x_TD, None
+        return x_TD, per_layer_inputs(
+            tokens_T,
+            x_TD,
+            text.embed_tokens_per_layer,
+            text.per_layer_model_projection,
+            text.per_layer_projection_norm,
+            config.num_hidden_layers,
+            rows,
+            narrow_at,
+        )
+
+    def contexts(
+        self, masks: dict[LayerType, AttentionMask], positions: Tensor | None, rows: Rows | None, dtype: torch.dtype
+    ) -> tuple[dict[LayerType, LayerContext], dict[LayerType, LayerContext]]:
+        """By attention type, what layers get before and after the stream narrows to `rows`."""
         contexts: dict[LayerType, LayerContext] = {}
-        supervised_contexts: dict[LayerType, LayerContext] = {}
+        narrowed: dict[LayerType, LayerContext] = {}
         for kind, mask in masks.items():
-            table = rotary_table(config, kind, positions.flatten(), x_TD.dtype)
+            positions_T = mask.position_T if positions is None else positions.flatten()
+            table = rotary_table(self.config, kind, positions_T, dtype)
             contexts[kind] = LayerContext(table, table, mask)
             if rows is not None:
-                supervised_contexts[kind] = LayerContext(table, table.select(rows), mask.select(rows))
-        x_TD = decode(
-            text.layers,
-            x_TD,
-            per_layer,
-            contexts,
-            supervised_contexts,
-            rows,
-            config.first_kv_shared_layer,
-            store,
-        )
-        x_TD = text.norm(x_TD)
-        return x_TD if rows is not None else x_TD.unflatten(0, (num_rows, length))
+                narrowed[kind] = LayerContext(table, table.select(rows.index), mask.select(rows.index))
+        return contexts, narrowed
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Soft-capped scores [..., V] in the model's dtype."""
-        return softcapped_logits(F.linear(hidden, self.head_weight), self.config.final_logit_softcapping)
+        return self.head.logits(hidden, self.head_weight)
 
     @property
     def head_weight(self) -> Tensor:
@@ -146,15 +151,15 @@ class Gemma4(nn.Module):
         """The stream with the soft tokens of images and sound in place of their placeholders, unscaled."""
         if media.vision is not None:
             encoder = self.vision_tower if isinstance(self.config.vision, VisionConfig) else self.vision_embedder
-            x_TD = x_TD.index_copy(0, media.vision.rows, self.embed_vision(encoder(media.vision)).to(x_TD.dtype))
+            x_TD = self.stream.place(x_TD, media.vision.rows, self.embed_vision(encoder(media.vision)))
         if media.audio is not None:
             encoded = media.audio.values_TF
             if isinstance(self.config.audio, AudioConfig):
                 encoded = self.audio_tower(media.audio)
-            x_TD = x_TD.index_copy(0, media.audio.rows, self.embed_audio(encoded).to(x_TD.dtype))
+            x_TD = self.stream.place(x_TD, media.audio.rows, self.embed_audio(encoded))
         return x_TD
 
-    def _masks(self, types_BS: Tensor, document_ids: Tensor | None) -> dict[LayerType, AttentionMask]:
+    def masks(self, types_BS: Tensor, document_ids: Tensor | None) -> dict[LayerType, AttentionMask]:
         """Causal; on sliding layers of 12B, 26B and 31B an image's soft tokens see each other both ways."""
         config = self.config
         masks: dict[LayerType, AttentionMask] = {}

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 class CrossEntropy(NamedTuple):
@@ -19,6 +20,22 @@ class CrossEntropy(NamedTuple):
     total: Tensor
     nll: Tensor
     z: Tensor
+
+
+class Head(nn.Module):
+    """Scores and loss through the token table [V, D], which is the head; a plan that splits it replaces this module."""
+
+    def __init__(self, softcap: float) -> None:
+        super().__init__()
+        self.softcap = softcap
+
+    def logits(self, hidden: Tensor, weight_VD: Tensor) -> Tensor:
+        """Soft-capped scores [..., V]."""
+        return softcapped_logits(F.linear(hidden, weight_VD), self.softcap)
+
+    def forward(self, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, z_loss: float = 0.0) -> CrossEntropy:
+        """As `linear_cross_entropy`."""
+        return linear_cross_entropy(hidden_TD, weight_VD, labels_T, softcap=self.softcap, z_loss=z_loss)
 
 
 def softcapped_logits(logits: Tensor, cap: float) -> Tensor:

@@ -64,6 +64,12 @@ class AttentionMask:
             self.num_keys,
         )
 
+    def to(self, device: torch.device) -> AttentionMask:
+        row, position, first, last = (
+            t.to(device, non_blocking=True) for t in (self.row_T, self.position_T, self.first_key_T, self.last_key_T)
+        )
+        return AttentionMask(row, position, first, last, self.num_rows, self.num_keys)
+
     @property
     def num_queries(self) -> int:
         return self.row_T.numel()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.norm import RMSNorm
+from model.stream import Rows
 
 
 def per_layer_inputs(
@@ -19,29 +20,27 @@ def per_layer_inputs(
     projection: nn.Linear,
     norm: RMSNorm,
     num_layers: int,
-    supervised: Tensor | None,
-    first_supervised_layer: int,
+    rows: Rows | None,
+    narrow_at: int,
 ) -> tuple[Tensor, ...]:
-    """One [T, P] per layer; layers from `first_supervised_layer` on get the supervised rows only.
+    """One [T, P] per layer; layers from `narrow_at` on get `rows` only.
 
     `x_TD` is the embedded stream after media were scattered in.
     """
     width = norm.dim
-    token_TLP = scaled_embedding(tokens_T, table, width).unflatten(-1, (num_layers, width))
-    if supervised is None:
-        first_supervised_layer = num_layers
-    split = (first_supervised_layer, num_layers - first_supervised_layer)
+    if rows is None:
+        narrow_at = num_layers
+    counts = (narrow_at, num_layers - narrow_at)
+    widths = [count * width for count in counts]
+    tokens = scaled_embedding(tokens_T, table, width).split(widths, dim=-1)
     parts: list[Tensor] = []
-    for weight, token, count in zip(
-        projection.weight.split([n * width for n in split]), token_TLP.split(split, dim=1), split, strict=True
-    ):
+    for weight, token, count, wanted in zip(projection.weight.split(widths), tokens, counts, (None, rows), strict=True):
         if count == 0:
             continue
-        rows = supervised if parts or first_supervised_layer == 0 else None
-        x, token = (x_TD, token) if rows is None else (x_TD[rows], token[rows])
+        x, token = (x_TD, token) if wanted is None else (wanted.take(x_TD), wanted.take(token))
         context = F.linear(x, weight) * x.shape[-1] ** -0.5
         context = norm(context.unflatten(-1, (count, width)))
-        parts.extend(((context + token) * 2**-0.5).unbind(dim=1))
+        parts.extend(((context + token.unflatten(-1, (count, width))) * 2**-0.5).unbind(dim=1))
     return tuple(parts)
 
 

@@ -1,4 +1,9 @@
-"""Every raw collective of ours, as an autograd function with its backward beside it."""
+"""Every raw collective of ours, as an autograd function with its backward beside it.
+
+Gradients here are those of the sum over ranks of what each computes. A tensor that several
+ranks hold alike gets a part of its gradient on each, and the parts add up to all of it; a
+parameter's parts are added when FSDP reduces.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,114 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over ranks, on each of them. Its backward is the same: what each rank's copy got is summed."""
+    return _AllReduce.apply(x, group)
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _summed(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _summed(grad, ctx.group), None
+
+
+def gather_tokens(x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Every rank's rows end to end; in the backward each gets the sum of what its rows met."""
+    return _GatherTokens.apply(x_TD, group)
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _gathered(x_TD, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
+        return _scattered(grad_TD, ctx.group), None
+
+
+def scatter_tokens(x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over ranks, of which each keeps its run of rows; the backward gathers. Rows must divide by ranks."""
+    return _ScatterTokens.apply(x_TD, group)
+
+
+class _ScatterTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _scattered(x_TD, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
+        return _gathered(grad_TD, ctx.group), None
+
+
+def exchange_rows(x: Tensor, sends: list[int], receives: list[int], group: dist.ProcessGroup) -> Tensor:
+    """`sends[r]` rows of x to each rank r in turn, and `receives[r]` rows from each, end to end; backward: back."""
+    return _ExchangeRows.apply(x, sends, receives, group)
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sends: list[int], receives: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sends, ctx.receives, ctx.group = sends, receives, group
+        return _all_to_all(x, sends, receives, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _all_to_all(grad, ctx.receives, ctx.sends, ctx.group), None, None, None
+
+
+def pass_around(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> Passing:
+    """Start sending tensors to the next rank of a ring and receiving as many of the same shapes from the one before."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    after, before = (dist.get_global_rank(group, (rank + step) % size) for step in (1, -1))
+    received = tuple(torch.empty_like(t) for t in tensors)
+    sent = tuple(t.contiguous() for t in tensors)
+    operations = [
+        *(dist.P2POp(dist.isend, t, after, group) for t in sent),
+        *(dist.P2POp(dist.irecv, t, before, group) for t in received),
+    ]
+    return Passing(received, sent, dist.batch_isend_irecv(operations))
+
+
+class Passing(NamedTuple):
+    """Tensors under way around a ring; `sent` stays alive until they have arrived."""
+
+    received: tuple[Tensor, ...]
+    sent: tuple[Tensor, ...]
+    requests: list[Any]
+
+    def wait(self) -> tuple[Tensor, ...]:
+        for request in self.requests:
+            request.wait()
+        return self.received
+
+
+def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    out = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, group=group)
+    return out
+
+
+def _gathered(x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    out = x_TD.new_empty(group.size() * x_TD.shape[0], *x_TD.shape[1:])
+    dist.all_gather_single(out, x_TD.contiguous(), group=group)
+    return out
+
+
+def _scattered(x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    out = x_TD.new_empty(x_TD.shape[0] // group.size(), *x_TD.shape[1:])
+    dist.reduce_scatter_single(out, x_TD.contiguous(), group=group)
+    return out
 
 
 class RowOwners(NamedTuple):
@@ -74,7 +187,7 @@ def _from_all_replicas(ids: Tensor, grads: Tensor, group: dist.ProcessGroup) -> 
     """Ids and gradients of all replicas, end to end; they come padded to one length."""
     count = torch.tensor([len(ids)], device=ids.device)
     counts = torch.empty(group.size(), dtype=count.dtype, device=ids.device)
-    dist.all_gather_into_tensor(counts, count, group=group)
+    dist.all_gather_single(counts, count, group=group)
     most = int(counts.max())
     real = torch.arange(most, device=ids.device)[None, :] < counts[:, None]
     found = []
@@ -82,6 +195,6 @@ def _from_all_replicas(ids: Tensor, grads: Tensor, group: dist.ProcessGroup) -> 
         padded = mine.new_zeros(most, *mine.shape[1:])
         padded[: len(mine)] = mine
         every = mine.new_empty(group.size() * most, *mine.shape[1:])
-        dist.all_gather_into_tensor(every, padded, group=group)
+        dist.all_gather_single(every, padded, group=group)
         found.append(every[real.flatten()])
     return found[0], found[1]

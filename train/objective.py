@@ -10,7 +10,6 @@ from torch import Tensor
 
 from data.batch import Batch
 from model import Gemma4
-from model.head import linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,9 @@ def cross_entropy(model: Gemma4, batch: Batch, z_loss: float = 0.0) -> Loss:
         document_ids=batch.document_ids_BS,
         supervised=supervised,
         media=batch.media,
+        masks=batch.masks,
     )
-    sums = linear_cross_entropy(
-        hidden_TD,
-        model.head_weight,
-        batch.labels_BS[supervised],
-        softcap=model.config.final_logit_softcapping,
-        z_loss=z_loss,
-    )
+    sums = model.head(hidden_TD, model.head_weight, batch.labels_BS[supervised], z_loss=z_loss)
     return Loss(sums.total, sums.nll, supervised.sum(), {"z": sums.z} if z_loss else {})
 
 
