@@ -23,6 +23,7 @@ from model import Gemma4, Gemma4Config
 from model.hf_format import INDEX, Weights, disk_key
 from model.init import initialised_tensors
 from parallel.apply import build_parallel_model
+from parallel.layout import Layout
 from parallel.mesh import World, build_mesh, init_process_group
 
 RANKS = 2
@@ -53,10 +54,10 @@ def measure(folder: Path) -> None:
     """On each rank: load and print the peak beyond what was there before."""
     world, device = World.from_environment(), torch.device("cpu")
     init_process_group(world, device)
-    mesh = build_mesh(device, 1, world.size)
+    mesh = build_mesh(device, Layout(dp_shard=world.size))
     config = Gemma4Config.from_hf(folder)
     before = _peak()
-    model = build_parallel_model(config, mesh, device, Weights(folder, config).fill)
+    model = build_parallel_model(config, mesh, device, Weights(folder, config).fill).model
     grown = _peak() - before
     kept = sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for _, t in initialised_tensors(model))
     found: list[tuple[int, int]] = [(0, 0)] * world.size

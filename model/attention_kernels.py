@@ -3,6 +3,7 @@
 `blocked` (CPU): queries in blocks against the span of keys the block can see, so a sliding
 layer costs S * W, a packed full layer the sum over its documents, and unsupervised stretches nothing.
 `flex` (GPU): compiled flex attention over the same mask. Unverified on GPU.
+`partial_attention` is for keys that arrive block by block: it also gives the log-sum-exp by which outputs merge.
 Scores are not scaled (Gemma 4 normalises queries and keys) and have no soft cap.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from model.masks import AttentionMask, Block
 
@@ -27,6 +28,15 @@ def attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: AttentionMask) 
         return q_TNH + 0 * (k_TKH.sum() + v_TKH.sum())
     k_BSKH, v_BSKH = (t.unflatten(0, (mask.num_rows, mask.num_keys)) for t in (k_TKH, v_TKH))
     return kernel_for(q_TNH.device.type)(q_TNH, k_BSKH, v_BSKH, mask)
+
+
+def partial_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor]:
+    """Outputs over some of the keys, and their log-sum-exp [T, N] in float32; at least one query.
+
+    Differentiable in both. A query that sees none of the keys gets 0 and -inf, and gives no gradient.
+    """
+    k_BSKH, v_BSKH = (t.unflatten(0, (mask.num_rows, mask.num_keys)) for t in (k_TKH, v_TKH))
+    return (flex_partial if q_TNH.device.type == "cuda" else blocked_partial)(q_TNH, k_BSKH, v_BSKH, mask)
 
 
 def kernel_for(device_type: str) -> AttentionKernel:
@@ -50,7 +60,7 @@ class _Blocked(torch.autograd.Function):
         out_TNH = torch.empty_like(q_TNH)
         for block in mask.blocks:
             q, k, v = _gather(block, num_kv_heads, q_TNH, k_BSKH, v_BSKH)
-            probabilities = _probabilities(q, k, block, mask).to(v.dtype)
+            probabilities = _scores(q, k, block, mask).softmax(dim=-1).to(v.dtype)
             out_TNH[block.query_start : block.query_end] = _ungroup(probabilities @ v, block)
         ctx.mask = mask
         ctx.save_for_backward(q_TNH, k_BSKH, v_BSKH, out_TNH)
@@ -59,21 +69,68 @@ class _Blocked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TNH: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q_TNH, k_BSKH, v_BSKH, out_TNH = ctx.saved_tensors
-        num_kv_heads = k_BSKH.shape[2]
-        grad_q, grad_k, grad_v = torch.empty_like(q_TNH), torch.zeros_like(k_BSKH), torch.zeros_like(v_BSKH)
         dot_TN = (grad_TNH.float() * out_TNH.float()).sum(dim=-1)
-        for block in ctx.mask.blocks:
+        return *_gradients(q_TNH, k_BSKH, v_BSKH, ctx.mask, None, grad_TNH, dot_TN), None
+
+
+def blocked_partial(q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor]:
+    return _BlockedPartial.apply(q_TNH, k_BSKH, v_BSKH, mask)
+
+
+class _BlockedPartial(torch.autograd.Function):
+    """As `_Blocked`, with the log-sum-exp; a query may see nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor]:
+        num_kv_heads = k_BSKH.shape[2]
+        out_TNH = torch.zeros_like(q_TNH)
+        lse_TN = q_TNH.new_full(q_TNH.shape[:2], float("-inf"), dtype=torch.float32)
+        for block in mask.blocks:
             q, k, v = _gather(block, num_kv_heads, q_TNH, k_BSKH, v_BSKH)
+            scores = _scores(q, k, block, mask)
+            lse = scores.logsumexp(dim=-1, keepdim=True)
             rows = slice(block.query_start, block.query_end)
-            grad = _group(grad_TNH[rows], num_kv_heads)
-            probabilities = _probabilities(q, k, block, ctx.mask)
-            keys = (block.row, slice(block.key_start, block.key_end))
-            grad_v[keys] += (probabilities.to(v.dtype).mT @ grad).transpose(0, 1)
-            dot = _group(dot_TN[rows, :, None], num_kv_heads)
-            grad_scores = (grad @ v.mT).float().sub_(dot).mul_(probabilities).to(q.dtype)
-            grad_q[rows] = _ungroup(grad_scores @ k, block)
-            grad_k[keys] += (grad_scores.mT @ q).transpose(0, 1)
-        return grad_q, grad_k, grad_v, None
+            out_TNH[rows] = _ungroup(_exp_over(scores, lse).to(v.dtype) @ v, block)
+            lse_TN[rows] = _ungroup(lse, block)[..., 0]
+        ctx.mask = mask
+        ctx.save_for_backward(q_TNH, k_BSKH, v_BSKH, out_TNH, lse_TN)
+        return out_TNH, lse_TN
+
+    @staticmethod
+    def backward(ctx: Any, grad_TNH: Tensor, grad_lse_TN: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q_TNH, k_BSKH, v_BSKH, out_TNH, lse_TN = ctx.saved_tensors
+        dot_TN = (grad_TNH.float() * out_TNH.float()).sum(dim=-1) - grad_lse_TN
+        return *_gradients(q_TNH, k_BSKH, v_BSKH, ctx.mask, lse_TN, grad_TNH, dot_TN), None
+
+
+def _gradients(
+    q_TNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    mask: AttentionMask,
+    lse_TN: Tensor | None,
+    grad_TNH: Tensor,
+    dot_TN: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; `dot_TN` is what softmax takes off each query's gradient of its scores."""
+    num_kv_heads = k_BSKH.shape[2]
+    grad_q, grad_k, grad_v = map(torch.zeros_like, (q_TNH, k_BSKH, v_BSKH))
+    for block in mask.blocks:
+        q, k, v = _gather(block, num_kv_heads, q_TNH, k_BSKH, v_BSKH)
+        rows = slice(block.query_start, block.query_end)
+        grad = _group(grad_TNH[rows], num_kv_heads)
+        scores = _scores(q, k, block, mask)
+        if lse_TN is None:
+            probabilities = scores.softmax(dim=-1)
+        else:
+            probabilities = _exp_over(scores, _group(lse_TN[rows, :, None], num_kv_heads))
+        keys = (block.row, slice(block.key_start, block.key_end))
+        grad_v[keys] += (probabilities.to(v.dtype).mT @ grad).transpose(0, 1)
+        dot = _group(dot_TN[rows, :, None], num_kv_heads)
+        grad_scores = (grad @ v.mT).float().sub_(dot).mul_(probabilities).to(q.dtype)
+        grad_q[rows] = _ungroup(grad_scores @ k, block)
+        grad_k[keys] += (grad_scores.mT @ q).transpose(0, 1)
+    return grad_q, grad_k, grad_v
 
 
 def _gather(block: Block, num_kv_heads: int, q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor) -> tuple[Tensor, ...]:
@@ -94,15 +151,23 @@ def _ungroup(x: Tensor, block: Block) -> Tensor:
     return x.unflatten(1, (-1, num_queries)).permute(2, 0, 1, 3).flatten(1, 2)
 
 
-def _probabilities(q: Tensor, k: Tensor, block: Block, mask: AttentionMask) -> Tensor:
-    """Softmax [K, G * Q, R] in float32, zero where the query may not look."""
+def _scores(q: Tensor, k: Tensor, block: Block, mask: AttentionMask) -> Tensor:
+    """Scores [K, G * Q, R] in float32, -inf where the query may not look."""
     rows = slice(block.query_start, block.query_end)
     keys = torch.arange(block.key_start, block.key_end, device=q.device)
     hidden_QR = (keys < mask.first_key_T[rows, None]) | (keys > mask.last_key_T[rows, None])
     scores = (q @ k.mT).float()
     num_queries = block.query_end - block.query_start
     scores.unflatten(1, (-1, num_queries)).masked_fill_(hidden_QR, float("-inf"))
-    return scores.softmax(dim=-1)
+    return scores
+
+
+def _exp_over(scores: Tensor, lse: Tensor) -> Tensor:
+    """exp(scores - lse); zero for a query that sees nothing, whose every number is -inf.
+
+    Not in place: selective recomputation may have kept the scores, a product, for the backward.
+    """
+    return (scores - lse.masked_fill(lse == float("-inf"), 0.0)).exp_()
 
 
 _FLEX_GRAPHS = 64
@@ -120,11 +185,35 @@ def flex(q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> 
         return flex_over(_compiled_flex(), q_TNH, k_BSKH, v_BSKH, mask)
 
 
+def flex_partial(q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor]:
+    with torch._dynamo.config.patch(recompile_limit=_FLEX_GRAPHS):
+        return flex_partial_over(_compiled_flex(), q_TNH, k_BSKH, v_BSKH, mask)
+
+
 def flex_over(kernel: Callable[..., Any], q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> Tensor:
     """Pad the queries of each row to one length, run a flex kernel, and take the real rows back out."""
+    return _real(_run_flex(kernel, q_TNH, k_BSKH, v_BSKH, mask), mask)
+
+
+def flex_partial_over(
+    kernel: Callable[..., Any], q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask
+) -> tuple[Tensor, Tensor]:
+    """As `flex_over`, with the log-sum-exp."""
+    out_BNQH, aux = _run_flex(kernel, q_TNH, k_BSKH, v_BSKH, mask, return_aux=AuxRequest(lse=True))
+    return _real(out_BNQH, mask), _real(aux.lse, mask)
+
+
+def _run_flex(
+    kernel: Callable[..., Any], q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask, **options: Any
+) -> Any:
     k, v = k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2)
     padding = mask.padding
     q_BQNH = q_TNH.unflatten(0, (mask.num_rows, -1)) if padding is None else q_TNH[padding.index_BQ]
-    out_BNQH = kernel(q_BQNH.transpose(1, 2), k, v, block_mask=mask.block_mask, scale=1.0, enable_gqa=True)
-    out_TNH = out_BNQH.transpose(1, 2).flatten(0, 1)
-    return out_TNH if padding is None else out_TNH[padding.real_T]
+    q = q_BQNH.transpose(1, 2)
+    return kernel(q, k, v, block_mask=mask.block_mask, scale=1.0, enable_gqa=True, **options)
+
+
+def _real(x_BNQ: Tensor, mask: AttentionMask) -> Tensor:
+    """[B, N, Q, ...] -> [T, N, ...], without the padded queries."""
+    x_TN = x_BNQ.transpose(1, 2).flatten(0, 1)
+    return x_TN if mask.padding is None else x_TN[mask.padding.real_T]

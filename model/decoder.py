@@ -44,6 +44,7 @@ class DecoderLayer(nn.Module):
     """One layer; `layer_scalar` multiplies the whole stream and is a buffer, as in the released checkpoints."""
 
     layer_scalar: Tensor
+    experts: nn.Module
 
     def __init__(self, config: Gemma4Config, layer: LayerConfig) -> None:
         super().__init__()

@@ -10,8 +10,8 @@ from model.config import Gemma4Config, LayerType
 from model.decoder import DecoderLayer, KeyValueStore, LayerContext, decode
 from model.head import Head
 from model.init import init_parameters
-from model.masks import AttentionMask, attention_mask
-from model.media import TEXT, Media, is_vision, token_types
+from model.masks import AttentionMask, layer_masks
+from model.media import TEXT, Media, token_types
 from model.media_config import AudioConfig, VisionConfig
 from model.norm import RMSNorm
 from model.per_layer_embedding import per_layer_inputs, scaled_embedding
@@ -23,6 +23,7 @@ from model.vision import MediaProjector, VisionEmbedder, VisionTower
 class TextDecoder(nn.Module):
     """Embedding tables, decoder layers and final norm; module names are those of the released checkpoints."""
 
+    embed_tokens: nn.Module
     embed_tokens_per_layer: nn.Module
 
     def __init__(self, config: Gemma4Config) -> None:
@@ -89,7 +90,7 @@ class Gemma4(nn.Module):
         num_rows, length = tokens_BS.shape
         types_BS = token_types(config, tokens_BS)
         if masks is None:
-            masks = self.masks(types_BS, document_ids)
+            masks = layer_masks(config, types_BS, document_ids)
         rows = None if supervised is None else self.stream.rows(supervised)
         narrow_at = config.first_kv_shared_layer - 1
         x_TD, per_layer = self.embed(tokens_BS, types_BS, media, rows, narrow_at)
@@ -141,7 +142,9 @@ class Gemma4(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The output head [V, D]: the token table itself, unscaled."""
-        return self.language_model.embed_tokens.weight
+        weight = self.language_model.embed_tokens.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Initialise in place (architecture.md section 8); a function of the generator's seed alone."""
@@ -158,18 +161,3 @@ class Gemma4(nn.Module):
                 encoded = self.audio_tower(media.audio)
             x_TD = self.stream.place(x_TD, media.audio.rows, self.embed_audio(encoded))
         return x_TD
-
-    def masks(self, types_BS: Tensor, document_ids: Tensor | None) -> dict[LayerType, AttentionMask]:
-        """Causal; on sliding layers of 12B, 26B and 31B an image's soft tokens see each other both ways."""
-        config = self.config
-        masks: dict[LayerType, AttentionMask] = {}
-        for kind in dict.fromkeys(config.layer_types):
-            sliding = kind == "sliding_attention"
-            masks[kind] = attention_mask(
-                *types_BS.shape,
-                window=config.sliding_window if sliding else None,
-                document_ids_BS=document_ids,
-                vision_BS=is_vision(types_BS) if sliding and config.sees_images_both_ways else None,
-                device=types_BS.device,
-            )
-        return masks

@@ -3,18 +3,24 @@
 Causal, sliding-window and packed-document masks are all intervals [first_key, last_key] of the
 query's own row, so one pair of integers per position stands behind every attention kernel:
 `blocks` for the CPU kernel, `mask_mod` for flex attention, `dense` for tests.
+A plan that cuts sequences among devices adds to the mask, in a subclass, how keys come together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from model.media import is_vision
+
+if TYPE_CHECKING:
+    from model.config import Gemma4Config, LayerType
 
 BLOCK_SIZE = 128
 """Queries per block of the CPU kernel."""
@@ -43,7 +49,8 @@ class AttentionMask:
     """Visible keys of T queries, in order of batch row.
 
     `row_T` is the batch row of a query, `first_key_T` and `last_key_T` (inclusive) its interval
-    among the `num_keys` keys of that row, `position_T` the key index of the query itself.
+    among the `num_keys` keys of that row, `position_T` the key index of the query itself. Only
+    `partial_attention` takes queries that see no key; their interval is [num_keys, -1].
     """
 
     row_T: Tensor
@@ -53,22 +60,16 @@ class AttentionMask:
     num_rows: int
     num_keys: int
 
-    def select(self, queries: Tensor) -> AttentionMask:
+    def select(self, queries: Tensor) -> Self:
         """The mask of a subset of the queries, given as sorted indices."""
-        return AttentionMask(
-            self.row_T[queries],
-            self.position_T[queries],
-            self.first_key_T[queries],
-            self.last_key_T[queries],
-            self.num_rows,
-            self.num_keys,
-        )
+        return self._with_queries(lambda t: t[queries])
 
-    def to(self, device: torch.device) -> AttentionMask:
-        row, position, first, last = (
-            t.to(device, non_blocking=True) for t in (self.row_T, self.position_T, self.first_key_T, self.last_key_T)
-        )
-        return AttentionMask(row, position, first, last, self.num_rows, self.num_keys)
+    def to(self, device: torch.device) -> Self:
+        return self._with_queries(lambda t: t.to(device, non_blocking=True))
+
+    def _with_queries(self, change: Callable[[Tensor], Tensor]) -> Self:
+        row, position, first, last = map(change, (self.row_T, self.position_T, self.first_key_T, self.last_key_T))
+        return replace(self, row_T=row, position_T=position, first_key_T=first, last_key_T=last)
 
     @property
     def num_queries(self) -> int:
@@ -76,7 +77,7 @@ class AttentionMask:
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """Runs of queries in one aligned stretch of a row; a stretch without queries costs nothing."""
+        """Runs of queries in one aligned stretch of a row; a stretch that asks or sees nothing costs nothing."""
         if self.num_queries == 0:
             return ()
         stretches = self.num_keys // BLOCK_SIZE + 1
@@ -87,7 +88,7 @@ class AttentionMask:
         first = torch.full_like(counts, self.num_keys).scatter_reduce_(0, owner, self.first_key_T, "amin")
         last = torch.zeros_like(counts).scatter_reduce_(0, owner, self.last_key_T, "amax")
         table = torch.stack((stretch // stretches, ends - counts, ends, first, last + 1), dim=1)
-        return tuple(Block(*row) for row in table.tolist())
+        return tuple(block for block in map(Block._make, table.tolist()) if block.key_start < block.key_end)
 
     @cached_property
     def padding(self) -> Padding | None:
@@ -164,6 +165,23 @@ def attention_mask(
     return AttentionMask(
         row_BS.flatten(), position_BS.flatten(), first_BS.flatten(), last_BS.flatten(), num_rows, num_keys
     )
+
+
+def layer_masks(
+    config: Gemma4Config, types_BS: Tensor, document_ids_BS: Tensor | None
+) -> dict[LayerType, AttentionMask]:
+    """Causal; on sliding layers of 12B, 26B and 31B an image's soft tokens see each other both ways."""
+    masks: dict[LayerType, AttentionMask] = {}
+    for kind in dict.fromkeys(config.layer_types):
+        sliding = kind == "sliding_attention"
+        masks[kind] = attention_mask(
+            *types_BS.shape,
+            window=config.sliding_window if sliding else None,
+            document_ids_BS=document_ids_BS,
+            vision_BS=is_vision(types_BS) if sliding and config.sees_images_both_ways else None,
+            device=types_BS.device,
+        )
+    return masks
 
 
 def segment_mask(lengths: Sequence[int], device: torch.device) -> AttentionMask:

@@ -5,6 +5,7 @@ The sum over a token's experts runs in the order of its top-k, so it depends on 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,12 @@ from model.norm import RMSNorm
 
 
 class Router(nn.Module):
-    """Scores the un-normed stream: softmax over all experts in float32, top-k, renormalise, per-expert scale."""
+    """Scores the un-normed stream: softmax over all experts in float32, top-k, renormalise, per-expert scale.
+
+    `balance` returns the scores it is given, and may add to their gradient and keep count of them.
+    """
+
+    balance: Callable[[Tensor], Tensor] | None
 
     def __init__(self, config: Gemma4Config) -> None:
         super().__init__()
@@ -27,10 +33,13 @@ class Router(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.scale = nn.Parameter(torch.ones(config.hidden_size))
         self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
+        self.balance = None
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Routing weights (float32) and expert indices, both [T, top_k]."""
         scores_TE = self.proj(self.norm(x_TD) * self.scale * self.root_size)
+        if self.balance is not None:
+            scores_TE = self.balance(scores_TE)
         probabilities_TE = scores_TE.softmax(dim=-1, dtype=torch.float32)
         weights, indices = probabilities_TE.topk(self.top_k, dim=-1)
         weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -69,12 +78,15 @@ class _Combine(torch.autograd.Function):
 class Experts(nn.Module):
     """All experts' weights packed: axis 0 expert; gate rows, then up rows; each matrix acts as [out, in]."""
 
+    grouped_mm: Callable[..., Tensor]
+
     def __init__(self, config: Gemma4Config) -> None:
         super().__init__()
         assert config.num_experts and config.moe_intermediate_size
         E, D, F_ = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, F_))
+        self.grouped_mm = F.grouped_mm
 
     def forward(self, x_TD: Tensor, weights_Tk: Tensor, indices_Tk: Tensor) -> Tensor:
         num_tokens, top_k = indices_Tk.shape
@@ -83,11 +95,15 @@ class Experts(nn.Module):
         offsets = torch.searchsorted(indices_Tk.flatten()[order], experts, right=True).to(torch.int32)
         slot = torch.empty_like(order)
         slot[order] = torch.arange(order.numel(), device=order.device)
-        y = self.grouped(_Dispatch.apply(x_TD, order, slot, top_k), offsets)
+        rows = _Dispatch.apply(x_TD, order, slot, top_k)
+        y = run_experts(rows, offsets, self.gate_up_proj, self.down_proj, self.grouped_mm)
         y_TkD = _Combine.apply(y, order, slot).view(num_tokens, top_k, x_TD.shape[-1])
         return (y_TkD * weights_Tk[..., None]).sum(dim=1).to(x_TD.dtype)
 
-    def grouped(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """Rows of x grouped by expert, `offsets[e]` the end of expert e's rows."""
-        gate, up = F.grouped_mm(x, self.gate_up_proj.transpose(-2, -1), offs=offsets).chunk(2, dim=-1)
-        return F.grouped_mm(F.gelu(gate, approximate="tanh") * up, self.down_proj.transpose(-2, -1), offs=offsets)
+
+def run_experts(
+    x: Tensor, offsets: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, grouped_mm: Callable[..., Tensor] = F.grouped_mm
+) -> Tensor:
+    """Each expert over its rows of x, which are grouped by expert; `offsets[e]` is the end of expert e's rows."""
+    gate, up = grouped_mm(x, gate_up_EFD.transpose(-2, -1), offs=offsets).chunk(2, dim=-1)
+    return grouped_mm(F.gelu(gate, approximate="tanh") * up, down_EDF.transpose(-2, -1), offs=offsets)

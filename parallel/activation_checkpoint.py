@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 from model import Gemma4
-from model.media_config import AudioConfig, VisionConfig
 
 
 def apply_activation_checkpoint(model: Gemma4, mode: str, every: int = 1) -> None:
@@ -24,15 +23,14 @@ def apply_activation_checkpoint(model: Gemma4, mode: str, every: int = 1) -> Non
         options = SelectiveAC.Config(preserve_rng_state=False, force_recompute_mm_shapes_by_fqns=[])
         policy = SelectiveAC(options)
     stacks: list[nn.Module] = [model.language_model]
-    if isinstance(model.config.vision, VisionConfig):
-        stacks.append(model.vision_tower.encoder)
-    if isinstance(model.config.audio, AudioConfig):
-        stacks.append(model.audio_tower)
+    for name in ("vision_tower.encoder", "audio_tower"):
+        if hasattr(model, name.partition(".")[0]):
+            stacks.append(model.get_submodule(name))
     for stack in stacks:
         layers = stack.get_submodule("layers")
-        assert isinstance(layers, nn.ModuleList)
-        chosen = nn.Module()
-        chosen.layers = nn.ModuleList(layers[::every])
-        policy.apply(chosen)
-        for index, wrapped in zip(range(0, len(layers), every), chosen.layers, strict=True):
-            layers[index] = wrapped
+        chosen = {key: layer for key, layer in layers.named_children() if int(key) % every == 0}
+        holder = nn.Module()
+        holder.layers = nn.ModuleList(chosen.values())
+        policy.apply(holder)
+        for key, wrapped in zip(chosen, holder.layers, strict=True):
+            setattr(layers, key, wrapped)

@@ -2,47 +2,112 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
 import torch
-from torch.distributed.device_mesh import DeviceMesh
+from torch import nn
 
 from model import Gemma4, Gemma4Config
 from model.init import Fill
 from parallel.activation_checkpoint import apply_activation_checkpoint
+from parallel.balance import RouterBalance, watch_routers
+from parallel.context import ContextParallel
 from parallel.embedding_shards import shard_embedding_rows
+from parallel.expert import apply_expert_parallel
+from parallel.float8 import apply_float8
 from parallel.fsdp import shard
 from parallel.initialise import initialise
+from parallel.mesh import Mesh
+from parallel.pipeline import Pipeline, cut_layers, num_stages
+from parallel.stage import Gemma4Stage, Stages
+from parallel.tensor import apply_tensor_parallel
+from parallel.token_split import TensorParallel
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is laid over a model besides the mesh. Names of modules in `frozen` are not trained."""
+
+    frozen: tuple[str, ...] = ()
+    compute_dtype: torch.dtype = torch.float32
+    float8: str = "none"
+    activation_checkpoint: str = "none"
+    activation_checkpoint_every: int = 1
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+    pp_schedule: str = "1f1b"
+    pp_virtual: int = 2
+    balance_loss: float = 0.0
+    router_z_loss: float = 0.0
+    sequence_length: int = 4096
+    """Where a pipeline is cut depends on it."""
+
+
+@dataclass(frozen=True)
+class ParallelModel:
+    """What this rank holds of a model laid over a mesh, and the plans that batches and generation need to know of."""
+
+    config: Gemma4Config
+    model: nn.Module
+    """`Gemma4`, or with a pipeline the `Stages` of this rank; parameters have the names of the whole model."""
+    mesh: Mesh
+    tensor: TensorParallel | None
+    context: ContextParallel | None
+    pipeline: Pipeline | None
+    routers: list[RouterBalance]
+    products: str
+    """How the products of dense layers are computed, for the log."""
+
+    @property
+    def whole(self) -> Gemma4:
+        """The model, where it is not cut into stages."""
+        assert isinstance(self.model, Gemma4)
+        return self.model
 
 
 def build_parallel_model(
-    config: Gemma4Config,
-    mesh: DeviceMesh,
-    device: torch.device,
-    fill: Fill,
-    *,
-    frozen: tuple[str, ...] = (),
-    compute_dtype: torch.dtype = torch.float32,
-    activation_checkpoint: str = "none",
-    activation_checkpoint_every: int = 1,
-    reshard_after_forward: bool = True,
-    cpu_offload: bool = False,
-) -> Gemma4:
-    """A model on `meta`, then row-sharded tables, activation checkpointing, FSDP2, then storage and values.
-
-    frozen: names of top modules that are not trained.
-    """
+    config: Gemma4Config, mesh: Mesh, device: torch.device, fill: Fill, options: Options | None = None
+) -> ParallelModel:
+    """Parts on `meta`, each with its plans from the inside out, then storage and values."""
+    layout, options = mesh.layout, options or Options()
     with torch.device("meta"):
-        model = Gemma4(config)
-    for name in frozen:
-        model.get_submodule(name).requires_grad_(False)
-    sharded_rows = shard_embedding_rows(model, mesh, compute_dtype)
-    apply_activation_checkpoint(model, activation_checkpoint, activation_checkpoint_every)
-    shard(
-        model,
-        mesh,
-        compute_dtype=compute_dtype,
-        ignored=sharded_rows,
-        reshard_after_forward=reshard_after_forward,
-        cpu_offload=cpu_offload,
-    )
-    initialise(model, device, fill, offloaded=cpu_offload)
-    return model
+        stages = _stages(config, mesh, options) if layout.pp > 1 else []
+        parts: Sequence[Gemma4] = stages or [Gemma4(config)]
+    context = ContextParallel(config, mesh.cp) if layout.cp > 1 else None
+    tensor, products = None, ""
+    routers: list[RouterBalance] = []
+    for part in parts:
+        for name in options.frozen:
+            if hasattr(part, name):
+                part.get_submodule(name).requires_grad_(False)
+        tensor = apply_tensor_parallel(part, mesh.tp, layout.sequence_parallel) if layout.tp > 1 else None
+        apply_expert_parallel(part, mesh, tensor)
+        routers += watch_routers(part, mesh.groups, options.balance_loss, options.router_z_loss)
+        if context is not None:
+            context.apply(part)
+        products = apply_float8(part, options.float8)
+        sharded_rows = shard_embedding_rows(part, mesh, options.compute_dtype, tensor)
+        apply_activation_checkpoint(part, options.activation_checkpoint, options.activation_checkpoint_every)
+        shard(
+            part,
+            mesh,
+            compute_dtype=options.compute_dtype,
+            ignored=sharded_rows,
+            reshard_after_forward=options.reshard_after_forward,
+            cpu_offload=options.cpu_offload,
+        )
+        initialise(part, device, fill, offloaded=options.cpu_offload)
+    pipeline, model = None, cast(nn.Module, parts[0])
+    if stages:
+        count = num_stages(options.pp_schedule, options.pp_virtual, layout.pp)
+        pipeline, model = Pipeline(stages, mesh, options.pp_schedule, count, options.compute_dtype), Stages(stages)
+    return ParallelModel(config, model, mesh, tensor, context, pipeline, routers, products)
+
+
+def _stages(config: Gemma4Config, mesh: Mesh, options: Options) -> list[Gemma4Stage]:
+    """Those of this rank: every pp-th."""
+    count = num_stages(options.pp_schedule, options.pp_virtual, mesh.layout.pp)
+    spans = cut_layers(config, options.sequence_length, count)
+    return [Gemma4Stage(config, span) for span in spans[mesh.at["pp"] :: mesh.layout.pp]]

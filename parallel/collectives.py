@@ -23,11 +23,11 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return _summed(x, group)
+        return summed(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _summed(grad, ctx.group), None
+        return summed(grad, ctx.group), None
 
 
 def gather_tokens(x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -78,6 +78,22 @@ class _ExchangeRows(torch.autograd.Function):
         return _all_to_all(grad, ctx.receives, ctx.sends, ctx.group), None, None, None
 
 
+def exchange_counts(sends_R: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """How many each rank has for this one, for how many this one has for each."""
+    receives_R = torch.empty_like(sends_R)
+    dist.all_to_all_single(receives_R, sends_R, group=group)
+    return receives_R
+
+
+def swap(x: Tensor, other: int, group: dist.ProcessGroup) -> Tensor:
+    """What rank `other` of the group gives for x; it must call this too."""
+    peer, received, x = dist.get_global_rank(group, other), torch.empty_like(x), x.contiguous()
+    operations = [dist.P2POp(dist.isend, x, peer, group), dist.P2POp(dist.irecv, received, peer, group)]
+    for request in dist.batch_isend_irecv(operations):
+        request.wait()
+    return received
+
+
 def pass_around(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> Passing:
     """Start sending tensors to the next rank of a ring and receiving as many of the same shapes from the one before."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
@@ -104,7 +120,8 @@ class Passing(NamedTuple):
         return self.received
 
 
-def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over ranks, without a backward."""
     out = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(out, group=group)
     return out
@@ -150,9 +167,7 @@ class _FetchRows(torch.autograd.Function):
     ) -> Tensor:
         unique_U, inverse_T = torch.unique(ids_T, return_inverse=True)  # sorted, so by owner
         wanted = torch.bincount(unique_U // owners.rows_per_rank, minlength=owners.shards.size())
-        asked = torch.empty_like(wanted)
-        dist.all_to_all_single(asked, wanted, group=owners.shards)
-        sends, receives = wanted.tolist(), asked.tolist()
+        sends, receives = torch.stack((wanted, exchange_counts(wanted, owners.shards))).tolist()
         asked_ids = _all_to_all(unique_U, sends, receives, owners.shards)
         local = (asked_ids - owners.first_row).to(table_RC.device)
         rows_UC = _all_to_all(table_RC[local].to(ids_T.device, dtype), receives, sends, owners.shards)

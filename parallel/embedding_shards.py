@@ -7,49 +7,67 @@ way. To optimizer, clipping and checkpoint the table is a parameter sharded by r
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from model import Gemma4
-from parallel.collectives import RowOwners, fetch_rows
+from parallel.collectives import RowOwners, fetch_rows, gather_tokens
+from parallel.mesh import Mesh
+from parallel.sharded import sharded_parameter
+from parallel.token_split import TensorParallel
 
 
 class ShardedRows(nn.Module):
-    """In place of an `nn.Embedding` on `meta`; rows come out in `compute_dtype`."""
+    """In place of an `nn.Embedding` on `meta`; its rows lie over all ranks of a mesh [dp_replicate, shards].
+
+    Under tensor parallel a rank fetches the rows of its run of tokens; without sequence parallel
+    the ranks then exchange them.
+    """
 
     weight: nn.Parameter
 
-    def __init__(self, table: nn.Embedding, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self, table: nn.Embedding, mesh: DeviceMesh, compute_dtype: torch.dtype, plan: TensorParallel | None = None
+    ) -> None:
         super().__init__()
-        self.padding_idx, self.compute_dtype = int(table.padding_idx or 0), compute_dtype
-        shape, replicas = table.weight.shape, mesh["dp_replicate"].size()
-        over = mesh if replicas > 1 else mesh["dp_shard"]
-        placements = (Replicate(), Shard(0)) if replicas > 1 else (Shard(0),)
-        local_shape, offset = compute_local_shape_and_global_offset(shape, over, placements)
-        local = torch.empty(local_shape, device="meta")
-        stride = table.weight.stride()
-        weight = DTensor.from_local(local, over, placements, run_check=False, shape=shape, stride=stride)
-        self.weight = nn.Parameter(weight, requires_grad=table.weight.requires_grad)
+        self.padding_idx, self.compute_dtype, self.plan = int(table.padding_idx or 0), compute_dtype, plan
+        placements = (Replicate(), Shard(0))[-mesh.ndim :]
+        self.weight = sharded_parameter(table.weight, mesh, placements)
+        _, offset = compute_local_shape_and_global_offset(table.weight.shape, mesh, placements)
+        shards = mesh.size(mesh.ndim - 1)
         self.owners = RowOwners(
-            mesh["dp_shard"].get_group(),
-            mesh["dp_replicate"].get_group() if replicas > 1 else None,
-            rows_per_rank=-(-shape[0] // mesh["dp_shard"].size()),
+            mesh.get_group(mesh.ndim - 1),
+            mesh.get_group(0) if mesh.ndim > 1 else None,
+            rows_per_rank=-(-table.weight.shape[0] // shards),
             first_row=offset[0],
         )
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids_T: Tensor) -> Tensor:
+        plan = self.plan
+        if plan is None:
+            return self._fetch(ids_T)
+        share = plan.share(len(ids_T))
+        if plan.sequence_parallel:
+            return self._fetch(ids_T[share])
+        most = -(-len(ids_T) // plan.size)
+        mine = F.pad(ids_T[share], (0, most - (share.stop - share.start)), value=self.padding_idx)
+        return gather_tokens(self._fetch(mine), plan.group)[: len(ids_T)]
+
+    def _fetch(self, ids_T: Tensor) -> Tensor:
         assert isinstance(self.weight, DTensor)
-        return fetch_rows(self.weight.to_local(), ids, self.owners, self.padding_idx, self.compute_dtype)
+        return fetch_rows(self.weight.to_local(), ids_T, self.owners, self.padding_idx, self.compute_dtype)
 
 
-def shard_embedding_rows(model: Gemma4, mesh: DeviceMesh, compute_dtype: torch.dtype) -> set[nn.Parameter]:
-    """Replace the per-layer table, if there is one; the parameters that FSDP must leave alone."""
-    text = model.language_model
-    if not model.config.hidden_size_per_layer_input:
+def shard_embedding_rows(
+    model: Gemma4, mesh: Mesh, compute_dtype: torch.dtype, plan: TensorParallel | None
+) -> set[nn.Parameter]:
+    """Replace the per-layer table, if there is one here; the parameters that FSDP must leave alone."""
+    table = getattr(model.language_model, "embed_tokens_per_layer", None)
+    if table is None:
         return set()
-    assert isinstance(text.embed_tokens_per_layer, nn.Embedding)
-    rows = ShardedRows(text.embed_tokens_per_layer, mesh, compute_dtype)
-    text.embed_tokens_per_layer = rows
+    rows = ShardedRows(table, mesh.fsdp(mesh.whole), compute_dtype, plan)
+    model.language_model.embed_tokens_per_layer = rows
     return {rows.weight}

@@ -1,4 +1,4 @@
-"""FSDP2 over the data-parallel axes: parameters, gradients and optimizer state sharded, float32 masters.
+"""FSDP2: parameters, gradients and optimizer state sharded over every rank that does not split them otherwise.
 
 | unit                                                   | why                                              |
 |--------------------------------------------------------|--------------------------------------------------|
@@ -8,8 +8,9 @@
 | the rest of each tower                                 | only batches with its media touch it             |
 | root: token table (= tied head), norms, projections    | used first and last, so gathered throughout      |
 
-A unit's collectives need every rank, so a rank without images runs the tower on none of them
-when another rank has some (`Media.on_all_ranks`).
+Within a unit each parameter goes over its own mesh (see `parallel.mesh.Mesh`). A unit's
+collectives need every rank, so a rank without images runs the tower on none of them when another
+rank has some (`Media.on_all_ranks`).
 """
 
 from __future__ import annotations
@@ -24,23 +25,25 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from torch.distributed.tensor import DTensor, Shard
 
 from model import Gemma4
-from model.media_config import AudioConfig, VisionConfig
+from parallel.mesh import Mesh
 
 TOWERS = ("vision_tower", "audio_tower")
 
 
 def shard(
     model: Gemma4,
-    mesh: DeviceMesh,
+    mesh: Mesh,
     *,
     compute_dtype: torch.dtype,
     ignored: set[nn.Parameter] | None = None,
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
 ) -> None:
-    """Shard in place over `dp_shard`, replicate over `dp_replicate`; `ignored` parameters are left as they are.
+    """Shard a model, or one stage of it, in place; `ignored` parameters are left as they are.
 
     Gradients are summed, not averaged: the trainer divides the loss by the global token count.
     """
@@ -49,35 +52,45 @@ def shard(
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
-    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
-    dp_mesh = mesh if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
+    offload = CPUOffloadPolicy(pin_memory=mesh.whole.device_type == "cuda") if cpu_offload else OffloadPolicy()
+    whole, split, experts = (_info(mesh.fsdp(m)) for m in (mesh.whole, mesh.split, mesh.experts))
+
+    def place(parameter: nn.Parameter) -> ShardPlacementResult:
+        if not isinstance(parameter, DTensor):
+            return ShardPlacementResult(None, whole)
+        if parameter.device_mesh.mesh_dim_names == ("tp",):
+            return ShardPlacementResult(None, split)
+        shards, (held, *_) = experts.shard_mesh_size, parameter.to_local().shape
+        return ShardPlacementResult(Shard(0 if held % shards == 0 else 1), experts)
 
     def unit(module: nn.Module, reshard: bool) -> None:
         fully_shard(
             module,
-            mesh=dp_mesh,
+            mesh=mesh.fsdp(mesh.whole),
             reshard_after_forward=reshard,
+            shard_placement_fn=place,
             mp_policy=policy,
             offload_policy=offload,
             ignored_params=ignored,
         )
 
-    text = model.language_model
-    for layer in text.layers:
+    for layer in model.language_model.layers:
         unit(layer, reshard_after_forward)
-    if isinstance(model.config.vision, VisionConfig):
-        for layer in model.vision_tower.encoder.layers:
-            unit(layer, reshard_after_forward)
-        unit(model.vision_tower, reshard_after_forward)
-    if isinstance(model.config.audio, AudioConfig):
-        for layer in model.audio_tower.layers:
-            unit(layer, reshard_after_forward)
-        unit(model.audio_tower, reshard_after_forward)
+    for name in TOWERS:
+        tower = getattr(model, name, None)
+        if tower is not None:
+            for layer in (tower.encoder if name == "vision_tower" else tower).layers:
+                unit(layer, reshard_after_forward)
+            unit(tower, reshard_after_forward)
     unit(model, False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _info(mesh: DeviceMesh) -> FSDPMeshInfo:
+    return FSDPMeshInfo(mesh, shard_mesh_dim=0) if mesh.ndim == 1 else HSDPMeshInfo(mesh, 1, 0)
 
 
 def require_gradient_sync(model: nn.Module, required: bool) -> None:

@@ -1,31 +1,46 @@
-"""The global gradient norm over parameters that live on different meshes, and clipping by it."""
+"""The global gradient norm over parameters that live on different meshes and stages, and clipping by it."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.utils import get_total_norm
+
+from parallel.sharded import local_part
 
 
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_grad_norm(
+    parameters: Iterable[nn.Parameter], max_norm: float, *, counted_elsewhere: Collection[Tensor] = ()
+) -> float:
     """Scale gradients in place to a global 2-norm of at most `max_norm`; returns the norm before.
 
-    torch's own clipping refuses to mix meshes, so each (mesh, placement) group is measured apart.
+    Collective over all ranks: each adds the squares of what it holds, over the number of ranks
+    that hold the same. `counted_elsewhere`: copies of parameters that another stage counts.
     """
-    groups: dict[object, list[nn.Parameter]] = defaultdict(list)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            grad = parameter.grad
-            groups[(grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None].append(parameter)
-    norms = []
-    for group in groups.values():
-        norm = get_total_norm([p.grad for p in group if p.grad is not None])
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    for group in groups.values():
-        clip_grads_with_norm_(group, max_norm, total)
-    return total
+    grads = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
+    held: dict[int, list[Tensor]] = defaultdict(list)
+    for parameter, grad in grads.items():
+        if not any(parameter is other for other in counted_elsewhere):
+            held[_holders(grad)].append(local_part(grad))
+    squares = sum(float(get_total_norm(parts)) ** 2 / holders for holders, parts in held.items())
+    total = torch.tensor(squares, dtype=torch.float64)
+    dist.all_reduce(total)
+    norm = math.sqrt(float(total))
+    if norm > max_norm:
+        for grad in grads.values():
+            local_part(grad).mul_(max_norm / (norm + 1e-6))
+    return norm
+
+
+def _holders(grad: Tensor) -> int:
+    """How many ranks hold the same part of a gradient."""
+    if not isinstance(grad, DTensor):
+        return dist.get_world_size()
+    mesh = grad.device_mesh
+    return math.prod(mesh.size(dim) for dim, placement in enumerate(grad.placements) if placement == Replicate())

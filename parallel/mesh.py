@@ -1,4 +1,4 @@
-"""Processes and the mesh they form: axes, their sizes, and what is refused."""
+"""Processes, their devices, and the groups they form."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from model.config import ConfigError, divisors
+from model.config import ConfigError
+from parallel.layout import Layout
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "bfloat16", "float32")
@@ -31,28 +32,10 @@ class World:
         return cls(*(int(os.environ.get(name, default)) for name, default in defaults.items()))
 
 
-def data_parallel_sizes(world_size: int, dp_replicate: int, dp_shard: int) -> tuple[int, int]:
-    """(dp_replicate, dp_shard) with -1 filled in. Raises `ConfigError` naming legal sizes."""
-    if dp_shard < 1 and dp_shard != -1:
-        raise ConfigError(f"parallel.dp_shard={dp_shard} is no size; nearest: -1 (all ranks that are left).")
-    if dp_shard == -1:
-        if world_size % dp_replicate:
-            raise ConfigError(
-                f"parallel.dp_replicate={dp_replicate} does not divide the {world_size} ranks; "
-                f"legal here: {divisors(world_size)}."
-            )
-        dp_shard = world_size // dp_replicate
-    if dp_replicate * dp_shard != world_size:
-        near = max(d for d in range(1, world_size + 1) if world_size % d == 0 and d <= max(dp_replicate, 1))
-        raise ConfigError(
-            f"parallel.dp_replicate={dp_replicate} x dp_shard={dp_shard} is not the {world_size} ranks of this run; "
-            f"nearest: dp_replicate={near} dp_shard={world_size // near}."
-        )
-    return dp_replicate, dp_shard
-
-
-def micro_batch_size(global_batch_size: int, wanted: int, num_ranks: int) -> int:
+def micro_batch_size(global_batch_size: int, wanted: int, num_ranks: int, multiple: int = 1) -> int:
     """Sequences a rank runs at once: the largest size up to `wanted` that divides its share.
+
+    The number of micro-batches is a `multiple` if any size makes it so.
 
     Raises `ConfigError` if the global batch cannot be dealt evenly.
     """
@@ -64,7 +47,8 @@ def micro_batch_size(global_batch_size: int, wanted: int, num_ranks: int) -> int
             f"nearest: {near}."
         )
     share = global_batch_size // num_ranks
-    return max(size for size in range(1, min(wanted, share) + 1) if share % size == 0)
+    sizes = [size for size in range(1, min(wanted, share) + 1) if share % size == 0]
+    return max((size for size in sizes if share // size % multiple == 0), default=max(sizes))
 
 
 def init_process_group(world: World, device: torch.device) -> None:
@@ -76,8 +60,69 @@ def init_process_group(world: World, device: torch.device) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def build_mesh(device: torch.device, dp_replicate: int, dp_shard: int) -> DeviceMesh:
-    return init_device_mesh(device.type, (dp_replicate, dp_shard), mesh_dim_names=("dp_replicate", "dp_shard"))
+@dataclass(frozen=True)
+class Mesh:
+    """Groups of ranks. Parameters live on one of three meshes, by what splits them besides FSDP.
+
+    | mesh      | axes                              | parameters                                        |
+    |-----------|-----------------------------------|---------------------------------------------------|
+    | `whole`   | dp_replicate, dp_shard x cp x tp  | split by nothing else; ranks of tp add gradients  |
+    | `split`   | dp_replicate, dp_shard x cp, tp   | split by tensor parallel                          |
+    | `experts` | dp_replicate, what is left, ep    | experts                                           |
+
+    The first axis is left out where it is 1. All are of this rank's pipeline stage.
+    """
+
+    layout: Layout
+    at: dict[str, int]
+    """This rank's place on each axis."""
+    whole: DeviceMesh
+    split: DeviceMesh
+    experts: DeviceMesh
+    cp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+
+    @property
+    def tp(self) -> DeviceMesh:
+        return self.split["tp"]
+
+    @property
+    def ep(self) -> DeviceMesh:
+        return self.experts["ep"]
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Groups that together make up all ranks of this rank's stage."""
+        shards = self.whole["whole_shard"].get_group()
+        return [shards, self.whole["dp_replicate"].get_group()] if self.layout.dp_replicate > 1 else [shards]
+
+    def fsdp(self, mesh: DeviceMesh) -> DeviceMesh:
+        """The axes of a mesh over which FSDP shards and replicates."""
+        names = [name for name in mesh.mesh_dim_names or () if name not in ("tp", "ep")]
+        return mesh[tuple(names)] if self.layout.dp_replicate > 1 else mesh[names[-1]]
+
+
+def build_mesh(device: torch.device, layout: Layout) -> Mesh:
+    """Process groups of a layout; every rank must call it."""
+
+    def view(**axes: int) -> DeviceMesh:
+        return init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+    pp, replicas = layout.pp, layout.dp_replicate
+    parts = ("dp_replicate",)
+    whole = view(pp=pp, dp_replicate=replicas, whole_shard=layout.sharding)
+    split = view(pp=pp, dp_replicate=replicas, split_shard=layout.dp_shard * layout.cp, tp=layout.tp)
+    experts = view(pp=pp, dp_replicate=replicas, expert_shard=layout.sharding // layout.ep, ep=layout.ep)
+    cp = view(pp=pp, dp=layout.dp, cp=layout.cp, tp=layout.tp)["cp"].get_group()
+    return Mesh(
+        layout,
+        layout.coordinate(dist.get_rank()),
+        whole[(*parts, "whole_shard")],
+        split[(*parts, "split_shard", "tp")],
+        experts[(*parts, "expert_shard", "ep")],
+        cp,
+        whole["pp"].get_group(),
+    )
 
 
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:

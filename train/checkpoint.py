@@ -27,14 +27,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from model.errors import UserError
+from model.init import initialised_tensors
 
 log = logging.getLogger("gemwright")
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "LATEST"
 _NAME = re.compile(r"step_\d{8}")
+_WRAPPER = "_checkpoint_wrapped_module."
 _VISIBLE_SECONDS = 10  # a network file system may show a new file late
 
 
@@ -222,10 +223,9 @@ class Checkpointer:
         """
         tensors = _tensors(model, optimizer)
         state = tensors["optimizer"]["state"]
-        kept = {name: state.pop(name) for name in list(state) if name.partition(".")[0] in newly_trained}
+        for name in [name for name in state if name.partition(".")[0] in newly_trained]:
+            del state[name]
         dcp.load(tensors, checkpoint_id=folder, process_group=self._group)
-        state.update(kept)
-        set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
         return read_state(folder)
 
     def _damage(self, folder: Path) -> str | None:
@@ -235,8 +235,14 @@ class Checkpointer:
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    return {"model": model_state, "optimizer": optimizer_state}
+    """Parameters, persistent buffers and optimizer state by name, whatever layer wraps or shards them.
+
+    Learning rates and decay are functions of (config, step) and not kept.
+    """
+    named = {name.replace(_WRAPPER, ""): parameter for name, parameter in model.named_parameters()}
+    tensors = {name.replace(_WRAPPER, ""): tensor.detach() for name, tensor in initialised_tensors(model)}
+    state = {name: dict(optimizer.state[p]) for name, p in named.items() if p in optimizer.state}
+    return {"model": tensors, "optimizer": {"state": state}}
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -300,4 +306,7 @@ def _sync(folder: Path) -> None:
 def _root_cause(error: BaseException) -> str:
     if isinstance(error, dcp.api.CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    text = " ".join(str(error).split())
+    if "inline_container" in text:  # torch's writer does not say why it got no further
+        return "a file could not be written to its end, as on a full disk"
+    return text[:200] or type(error).__name__

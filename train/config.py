@@ -12,6 +12,7 @@ from model import ConfigError, Gemma4Config
 from model.hf_format import WeightsError
 from model.hub import resolve
 from model.media_config import AudioEmbedderConfig, VisionEmbedderConfig
+from parallel.layout import AXES, Layout, resolve_layout
 
 
 @dataclass
@@ -30,9 +31,23 @@ class RunConfig:
 
 @dataclass
 class ParallelConfig:
+    pp: int = 1
+    """Pipeline stages, one or more on each rank."""
+    pp_schedule: str = "1f1b"
+    """1f1b | interleaved | zero_bubble"""
+    pp_virtual: int = 2
+    """Stages on each rank, for interleaved and zero_bubble."""
     dp_replicate: int = 1
     dp_shard: int = -1
-    """Ranks a parameter is sharded over; -1 takes all that are left."""
+    """Ranks that see different sequences and shard parameters among them; -1 takes all that are left."""
+    cp: int = 1
+    """Ranks that share each sequence."""
+    tp: int = 1
+    """Ranks that share heads, feed-forward columns and vocabulary."""
+    sequence_parallel: bool = True
+    """With tp, the stream between blocks is split among its ranks by tokens."""
+    ep: int = 1
+    """Ranks, of dp_shard x cp x tp, that share the experts."""
     reshard_after_forward: bool = True
     gradient_sync: str = "last"
     """last: reduce once a step, whole gradients kept meanwhile | every: reduce each micro-batch, in less memory"""
@@ -48,6 +63,9 @@ class TrainConfig:
     """Sequences a rank runs at once; lowered by itself when a rank's share of the global batch is smaller."""
     max_grad_norm: float = 1.0
     z_loss: float = 0.0
+    moe_balance_loss: float = 0.0
+    """Coefficient of the loss that evens out the experts' load."""
+    moe_router_z_loss: float = 0.0
     log_every: int = 1
     sample_every: int = 50
     """Steps between generated samples; 0 for none."""
@@ -109,6 +127,12 @@ class ActivationCheckpointConfig:
 
 
 @dataclass
+class Float8Config:
+    recipe: str = "none"
+    """none | tensorwise | rowwise: products of the decoder's dense layers and experts, by torchao"""
+
+
+@dataclass
 class WandbConfig:
     mode: str = "disabled"
     """disabled | offline | online"""
@@ -166,6 +190,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
+    float8: Float8Config = field(default_factory=Float8Config)
     export: ExportConfig = field(default_factory=ExportConfig)
     trackers: TrackersConfig = field(default_factory=TrackersConfig)
 
@@ -208,6 +233,11 @@ class Config:
         else:
             config = Gemma4Config.from_name(self.model.name, **fields)  # type: ignore[attr-defined]
         return config.replace(**{name: None for name in ENCODERS if self._encoder(name) == "none"})
+
+    def layout(self, world_size: int) -> Layout:
+        """The mesh asked for, checked against the model. Raises `ConfigError` naming the nearest legal one."""
+        sizes = {axis: getattr(self.parallel, axis) for axis in (*AXES, "ep", "sequence_parallel")}
+        return resolve_layout(world_size, Layout(**sizes), self.gemma4(), self.data.sequence_length)
 
     def frozen(self) -> tuple[str, ...]:
         """Modules of the model that are not trained."""

@@ -25,7 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 import configs
 from model import ConfigError, Gemma4Config
 from model.errors import nearest
-from parallel.mesh import DEVICES, DTYPES
+from parallel.layout import Layout
+from parallel.mesh import DEVICES, DTYPES, micro_batch_size
+from parallel.pipeline import check_pipeline
 from train.config import ENCODERS, Config, ModelConfig
 
 CONFIG_FOLDER = Path(configs.__file__).parent
@@ -37,6 +39,8 @@ CHOICES = {
     "run.dtype": DTYPES,
     "data.format": ("text", "chat"),
     "parallel.gradient_sync": ("last", "every"),
+    "parallel.pp_schedule": ("1f1b", "interleaved", "zero_bubble"),
+    "float8.recipe": ("none", "tensorwise", "rowwise"),
     "schedule.name": ("constant", "linear", "cosine", "wsd"),
     "activation_checkpoint.mode": ("none", "full", "selective"),
     "export.dtype": DTYPES,
@@ -57,7 +61,9 @@ _AT_LEAST = {
     "train.sample_tokens": 1,
     "data.sequence_length": 2,
     "data.workers": 0,
-    "parallel.dp_replicate": 1,
+    "parallel.pp_virtual": 2,
+    "train.moe_balance_loss": 0,
+    "train.moe_router_z_loss": 0,
     "schedule.warmup_steps": 0,
     "schedule.decay_steps": 0,
     "checkpoint.every": 0,
@@ -237,3 +243,25 @@ def _check_variant(config: Config) -> None:
                 f"model.weights={weights} has {size}={getattr(found, size)}, but model.name={name} has "
                 f"{getattr(named, size)}; take the variant of the weights, or none."
             )
+
+
+def check_layout(config: Config, world_size: int) -> Layout:
+    """The mesh of a run, after everything that depends on it was found to fit. Raises `ConfigError`."""
+    layout = config.layout(world_size)
+    train, parallel = config.train, config.parallel
+    micro = micro_batch_size(train.global_batch_size, train.micro_batch_size, layout.dp, layout.pp)
+    if layout.pp > 1:
+        if train.sample_every:
+            raise ConfigError(
+                f"train.sample_every={train.sample_every} needs every layer on each rank, unlike "
+                f"parallel.pp={layout.pp}; nearest legal: train.sample_every=0."
+            )
+        check_pipeline(
+            parallel.pp_schedule,
+            parallel.pp_virtual,
+            layout.pp,
+            config.gemma4().num_hidden_layers,
+            train.global_batch_size // (layout.dp * micro),
+            config.activation_checkpoint.mode,
+        )
+    return layout

@@ -28,8 +28,8 @@ import torch
 import torch.distributed as dist
 
 from model import UserError
-from parallel.mesh import World, data_parallel_sizes, init_process_group, micro_batch_size, select_device
-from train.load_config import load_config
+from parallel.mesh import World, init_process_group, select_device
+from train.load_config import check_layout, load_config
 
 # How long a rank that found the same mistake as rank 0 waits for rank 0's words before it leaves.
 _COURTESY_SECONDS = 10
@@ -63,8 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(overrides)
         device = select_device(config.run.device, world)
-        data_parallel_sizes(world.size, config.parallel.dp_replicate, config.parallel.dp_shard)
-        micro_batch_size(config.train.global_batch_size, config.train.micro_batch_size, world.size)
+        check_layout(config, world.size)
     except UserError as error:
         # Mostly every rank sees this one alike: rank 0 speaks, and the launcher then ends the others. One that
         # is still there after a while is alone with it, as with a folder only its own node lacks.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from typing import Protocol
 
 from torch import Tensor
 
@@ -22,7 +21,13 @@ class Loss:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-Objective = Callable[[Gemma4, Batch], Loss]
+class Objective(Protocol):
+    """`sums`: names of the sums a `Loss` of it holds, the same on every rank."""
+
+    @property
+    def sums(self) -> tuple[str, ...]: ...
+
+    def __call__(self, model: Gemma4, batch: Batch) -> Loss: ...
 
 
 def cross_entropy(model: Gemma4, batch: Batch, z_loss: float = 0.0) -> Loss:
@@ -40,5 +45,19 @@ def cross_entropy(model: Gemma4, batch: Batch, z_loss: float = 0.0) -> Loss:
     return Loss(sums.total, sums.nll, supervised.sum(), {"z": sums.z} if z_loss else {})
 
 
+@dataclass(frozen=True)
+class CrossEntropy:
+    """`cross_entropy` with its options."""
+
+    z_loss: float = 0.0
+
+    @property
+    def sums(self) -> tuple[str, ...]:
+        return ("loss", "count", "z") if self.z_loss else ("loss", "count")
+
+    def __call__(self, model: Gemma4, batch: Batch) -> Loss:
+        return cross_entropy(model, batch, self.z_loss)
+
+
 def build_objective(z_loss: float) -> Objective:
-    return partial(cross_entropy, z_loss=z_loss)
+    return CrossEntropy(z_loss)

@@ -1,9 +1,12 @@
-"""AdamW over two groups: matrices decay; norms, scalars and embedding tables do not."""
+"""AdamW: matrices decay; norms, scalars and embedding tables do not."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from train.config import OptimizerConfig
 
@@ -11,17 +14,17 @@ _TABLES = ("embed_tokens", "position_embedding_table", "pos_embedding")
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    groups: dict[object, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_table = any(table in name for table in _TABLES)
-            (plain if parameter.dim() < 2 or is_table else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+            plain = parameter.dim() < 2 or any(table in name for table in _TABLES)
+            # One call of the fused kernel takes parameters of one mesh and placement.
+            where = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else None
+            decay = 0.0 if plain else config.weight_decay
+            groups.setdefault((decay, where), {"params": [], "weight_decay": decay})["params"].append(parameter)
+    optimizer = torch.optim.AdamW(
+        list(groups.values()), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+    )
     _allocate(optimizer)
     return optimizer
 

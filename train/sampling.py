@@ -9,12 +9,13 @@ from tokenizers import Tokenizer
 from torch.distributed.fsdp import FSDPModule
 
 from data.tokenizer import BOS, EOS
-from model import Gemma4
 from model.generate import generate
+from parallel.apply import ParallelModel
+from parallel.token_split import whole_stream
 
 
 def write_samples(
-    model: Gemma4,
+    parallel: ParallelModel,
     tokenizer: Tokenizer,
     prompts: list[str],
     max_new_tokens: int,
@@ -27,9 +28,10 @@ def write_samples(
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     encoded = [[BOS, *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in prompts]
     # Each step is collective: no rank may stop early on its own view of the text, so ends are cut off afterwards.
-    texts = generate(model, encoded, max_new_tokens, generator=generator, device=device)
-    if isinstance(model, FSDPModule):
-        model.reshard()  # a forward without a backward leaves the root gathered
+    with whole_stream(parallel.tensor):
+        texts = generate(parallel.whole, encoded, max_new_tokens, generator=generator, device=device)
+    if isinstance(parallel.whole, FSDPModule):
+        parallel.whole.reshard()  # a forward without a backward leaves the root gathered
     return [
         {"step": step, "prompt": prompt, "text": tokenizer.decode(text[: text.index(EOS)] if EOS in text else text)}
         for prompt, text in zip(prompts, texts, strict=True)

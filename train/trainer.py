@@ -16,23 +16,23 @@ from torch import Tensor
 
 from data.batch import Batch
 from data.loader import StepSampler, load_batches
-from model import Gemma4Config, UserError
+from model import Gemma4, Gemma4Config, UserError
 from model.attention_kernels import kernel_for
 from model.hf_format import Weights
 from model.init import Fill, random_fill
 from model.media import Media
-from parallel.apply import build_parallel_model
-from parallel.fsdp import require_gradient_sync
-from parallel.grad_norm import clip_grad_norm
-from parallel.mesh import World, build_mesh, compute_dtype, data_parallel_sizes, micro_batch_size
+from parallel.apply import Options, build_parallel_model
+from parallel.balance import read_balance
+from parallel.mesh import World, build_mesh, compute_dtype, micro_batch_size
 from train.checkpoint import Checkpointer, read_state
 from train.config import Config
 from train.corpus import build_dataset, describe_data, prepare_corpus
+from train.engine import Engine
 from train.export import Origin, export
 from train.faults import StopRequest
 from train.flops import batch_work, media_flops, peak_flops, training_flops
 from train.metrics import Meter, step_line
-from train.objective import Loss, build_objective
+from train.objective import build_objective
 from train.optimizer import build_optimizer, set_learning_rate
 from train.plots import write_loss_curve
 from train.resume import Progress, find_checkpoint, progress_from
@@ -52,9 +52,9 @@ class Trainer:
         self.stop = StopRequest()
         self.model_config: Gemma4Config = config.gemma4()
         self.frozen = config.frozen()
-        sizes = data_parallel_sizes(world.size, config.parallel.dp_replicate, config.parallel.dp_shard)
+        self.layout = config.layout(world.size)
         self.micro_batch_size = micro_batch_size(
-            config.train.global_batch_size, config.train.micro_batch_size, world.size
+            config.train.global_batch_size, config.train.micro_batch_size, self.layout.dp, self.layout.pp
         )
         self.dtype = compute_dtype(config.run.dtype, device)
         if config.run.deterministic:
@@ -75,25 +75,34 @@ class Trainer:
         if world.rank == 0 and not self.complete:
             self.folder.describe(config, self.corpus.folder / "tokenizer.json")
             self.trackers = build_trackers(config, self.folder.path, self.progress.step)
-        self.model = build_parallel_model(
+        self.parallel = build_parallel_model(
             self.model_config,
-            build_mesh(device, *sizes),
+            build_mesh(device, self.layout),
             device,
             self._initial_values(checkpoint),
-            frozen=self.frozen,
-            compute_dtype=self.dtype,
-            activation_checkpoint=config.activation_checkpoint.mode,
-            activation_checkpoint_every=config.activation_checkpoint.every,
-            reshard_after_forward=config.parallel.reshard_after_forward,
-            cpu_offload=config.parallel.cpu_offload,
+            Options(
+                frozen=self.frozen,
+                compute_dtype=self.dtype,
+                float8=config.float8.recipe,
+                activation_checkpoint=config.activation_checkpoint.mode,
+                activation_checkpoint_every=config.activation_checkpoint.every,
+                reshard_after_forward=config.parallel.reshard_after_forward,
+                cpu_offload=config.parallel.cpu_offload,
+                pp_schedule=config.parallel.pp_schedule,
+                pp_virtual=config.parallel.pp_virtual,
+                balance_loss=config.train.moe_balance_loss,
+                router_z_loss=config.train.moe_router_z_loss,
+                sequence_length=config.data.sequence_length,
+            ),
         )
+        self.model = self.parallel.model
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.objective = build_objective(config.train.z_loss)
+        self.engine = Engine(self.parallel, build_objective(config.train.z_loss), device, config.parallel.gradient_sync)
         self.dataset = build_dataset(config, self.model_config, self.corpus)
         if checkpoint is not None:
             newly_trained = set(read_state(checkpoint).get("frozen", ())) - set(self.frozen)
             self.checkpointer.load(checkpoint, self.model, self.optimizer, newly_trained=newly_trained)
-        self._describe(sizes, checkpoint)
+        self._describe(checkpoint)
 
     def _initial_values(self, checkpoint: Path | None) -> Fill:
         """Drawn, or the slices of a released checkpoint; a resumed run reads its own checkpoint afterwards."""
@@ -132,8 +141,8 @@ class Trainer:
             config.train.steps - self.progress.step,
             config.train.global_batch_size,
             self.micro_batch_size,
-            self.world.rank,
-            self.world.size,
+            self.layout.data_rank(self.world.rank),
+            self.layout.dp,
         )
         batches = load_batches(self.dataset, sampler, config.data.workers, self.model_config)
         meter.started = time.perf_counter()
@@ -160,12 +169,16 @@ class Trainer:
         waited = time.perf_counter() - waited
         works = [batch_work(self.model_config, batch) for batch in micro_batches]
         parts = [batch.media or Media() for batch in micro_batches]
+        speaks = self.engine.leads  # of the ranks that share these sequences, one counts them
         # Everything ranks must agree on before the step, in one small exchange.
         supervised, tokens, flops, stops, written, *present = self._summed(
-            sum(work.supervised for work in works),
-            sum(work.tokens for work in works),
-            sum(training_flops(self.model_config, work) for work in works)
-            + sum(media_flops(self.model_config, media, self.frozen) for media in parts),
+            speaks * sum(work.supervised for work in works),
+            speaks * sum(work.tokens for work in works),
+            speaks
+            * (
+                sum(training_flops(self.model_config, work) for work in works)
+                + sum(media_flops(self.model_config, media, self.frozen) for media in parts)
+            ),
             bool(self.stop),
             self.checkpointer.written,
             *(part is not None for media in parts for part in (media.vision, media.audio)),
@@ -174,20 +187,15 @@ class Trainer:
             return False
         if written == self.world.size:
             self.checkpointer.commit()
-
-        sums: dict[str, Tensor] = {}
-        for index, batch in enumerate(micro_batches):
-            last = index == accumulation - 1
-            if index and self._summed(bool(self.stop))[0]:
-                return False  # a large step may take longer than the time a scheduler leaves
-            require_gradient_sync(self.model, last or config.parallel.gradient_sync == "every")
-            vision, audio = present[2 * index : 2 * index + 2]
-            media = Media.on_all_ranks(batch.media, self.model_config, vision=bool(vision), audio=bool(audio))
-            loss: Loss = self.objective(self.model, replace(batch, media=media).to(self.device))
-            (loss.total / max(supervised, 1)).backward()
-            for name, value in {"loss": loss.nll, "count": loss.count, **loss.metrics}.items():
-                sums[name] = sums.get(name, 0) + value.detach().float()
-        grad_norm = float(clip_grad_norm(self.model.parameters(), config.train.max_grad_norm))
+        sums = self.engine.forward_backward(
+            micro_batches,
+            supervised,
+            [(vision > 0, audio > 0) for vision, audio in zip(present[::2], present[1::2], strict=True)],
+            go_on=lambda: not self._summed(bool(self.stop))[0],
+        )
+        if sums is None:
+            return False
+        grad_norm = self.engine.clip(config.train.max_grad_norm)
         if not math.isfinite(grad_norm):
             self.checkpointer.commit()
             raise UserError(
@@ -221,7 +229,8 @@ class Trainer:
         named = dict(zip(sums, reduced.tolist(), strict=True))
         count = max(named.pop("count"), 1.0)
         means = {name: value / count for name, value in named.items()}
-        record = meter.record(self.progress.step, {**means, **values, "tokens_seen": self.progress.tokens_seen})
+        load = read_balance(self.parallel.routers, self.model_config) if self.model_config.enable_moe_block else {}
+        record = meter.record(self.progress.step, {**means, **values, **load, "tokens_seen": self.progress.tokens_seen})
         log.info(step_line(record, self.config.train.steps))
         for tracker in self.trackers:
             tracker.log(record)
@@ -229,7 +238,7 @@ class Trainer:
     def _sample(self) -> None:
         config = self.config
         samples = write_samples(
-            self.model,
+            self.parallel,
             self.corpus.tokenizer,
             config.train.sample_prompts,
             config.train.sample_tokens,
@@ -281,34 +290,40 @@ class Trainer:
         else:
             log.info("stopped as asked at step %d; the same command goes on from there", step)
 
-    def _describe(self, sizes: tuple[int, int], checkpoint: Path | None) -> None:
+    def _describe(self, checkpoint: Path | None) -> None:
         config, model = self.config, self.model_config
         sliding = sum(kind == "sliding_attention" for kind in model.layer_types)
         kernel = kernel_for(self.device.type).__name__
-        parameters = sum(p.numel() for p in self.model.parameters())
+        if self.layout.cp > 1:
+            kernel += ", whole sequence gathered once" if model.num_kv_shared_layers else ", full layers around a ring"
+        with torch.device("meta"):
+            whole = Gemma4(model)
+        parameters = sum(p.numel() for p in whole.parameters())
         log.info(
-            "%s: %s parameters | %d %s ranks, dp_replicate %d x dp_shard %d | compute %s, masters float32",
+            "%s: %s parameters | %d %s ranks: %s | compute %s, masters float32",
             config.model.weights or config.model.name,  # type: ignore[attr-defined]
             f"{parameters:,}",
             self.world.size,
             self.device.type,
-            *sizes,
+            self.layout,
             str(self.dtype).removeprefix("torch."),
         )
-        for name, _ in self.model.named_children():
-            if name != "language_model":
+        for name, part in whole.named_children():
+            if name != "language_model" and next(part.parameters(), None) is not None:
                 log.info("%s: %s", name, "frozen" if name in self.frozen else "trained")
         log.info(
             "kernels: attention %s (%d sliding layers of window %d, %d full) | experts %s | loss chunked linear "
-            "cross entropy | activation checkpoint %s",
+            "cross entropy%s | products %s | activation checkpoint %s",
             kernel,
             sliding,
             model.sliding_window,
             model.num_hidden_layers - sliding,
             "torch grouped_mm" if model.enable_moe_block else "none",
+            f", vocabulary over {self.layout.tp} ranks" if self.layout.tp > 1 else "",
+            self.parallel.products,
             config.activation_checkpoint.mode,
         )
-        accumulation = config.train.global_batch_size // (self.micro_batch_size * self.world.size)
+        accumulation = config.train.global_batch_size // (self.micro_batch_size * self.layout.dp)
         log.info(
             "data: %s | %d sequences of %d a step, %d x %d a rank",
             describe_data(self.corpus, self.dataset),

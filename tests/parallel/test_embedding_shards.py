@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from parallel.embedding_shards import ShardedRows
+from parallel.layout import Layout
 from parallel.mesh import World, build_mesh
 from tests.distributed import run_ranks
 from tests.report import report
@@ -49,7 +50,8 @@ def test_values_and_gradients_are_those_of_a_plain_embedding(
     def run(world: World) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.device("meta"):
             plain = nn.Embedding(rows, WIDTH, padding_idx=0)
-        table = ShardedRows(plain, build_mesh(CPU, replicas, ranks // replicas), dtype)
+        mesh = build_mesh(CPU, Layout(dp_replicate=replicas, dp_shard=ranks // replicas))
+        table = ShardedRows(plain, mesh.fsdp(mesh.whole), dtype)
         table.to_empty(device="cpu")
         assert isinstance(table.weight, DTensor)
         first, local = table.owners.first_row, table.weight.to_local()
@@ -77,7 +79,8 @@ def test_only_rows_that_are_used_cross() -> None:
     def run(world: World) -> int:
         with torch.device("meta"):
             plain = nn.Embedding(rows, width, padding_idx=0)
-        table = ShardedRows(plain, build_mesh(CPU, 1, ranks), torch.float32)
+        mesh = build_mesh(CPU, Layout(dp_shard=ranks))
+        table = ShardedRows(plain, mesh.fsdp(mesh.whole), torch.float32)
         table.to_empty(device="cpu")
         sent = 0
         exchange = dist.all_to_all_single

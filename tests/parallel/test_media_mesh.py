@@ -13,8 +13,9 @@ from data.batch import Batch
 from model import Gemma4, Gemma4Config
 from model.init import random_fill
 from model.media import Media
-from parallel.apply import build_parallel_model
+from parallel.apply import Options, build_parallel_model
 from parallel.fsdp import require_gradient_sync
+from parallel.layout import Layout
 from parallel.mesh import World, build_mesh
 from tests.distributed import run_ranks
 from tests.model.multimodal import make_example
@@ -91,7 +92,8 @@ def test_media_on_some_ranks_give_the_gradients_of_one_process(
 
     def run(world: World) -> tuple[float, dict[str, Tensor]]:
         fill = random_fill(3, 0.2, 0)
-        model = build_parallel_model(config, build_mesh(CPU, 1, world.size), CPU, fill, frozen=frozen, **options)
+        mesh = build_mesh(CPU, Layout(dp_shard=world.size))
+        model = build_parallel_model(config, mesh, CPU, fill, Options(frozen=frozen, **options)).model
         total = torch.zeros(())
         accumulation = len(data) // world.size
         for step in range(accumulation):
@@ -130,7 +132,8 @@ def test_a_batch_of_text_touches_no_encoder() -> None:
     data = batches(config, [[30], [28]])
 
     def run(world: World) -> set[str]:
-        model = build_parallel_model(config, build_mesh(CPU, 1, world.size), CPU, random_fill(3, 0.2, 0))
+        mesh = build_mesh(CPU, Layout(dp_shard=world.size))
+        model = build_parallel_model(config, mesh, CPU, random_fill(3, 0.2, 0)).model
         backward(model, data[world.rank], data)
         return {name.partition(".")[0] for name in gradients(model)}
 

@@ -9,30 +9,12 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from model import ConfigError, Gemma4, Gemma4Config
 from model.init import random_fill
-from parallel.apply import build_parallel_model
+from parallel.apply import Options, build_parallel_model
 from parallel.grad_norm import clip_grad_norm
-from parallel.mesh import World, build_mesh, data_parallel_sizes, micro_batch_size, select_device
+from parallel.layout import Layout
+from parallel.mesh import World, build_mesh, micro_batch_size, select_device
 from tests.distributed import run_ranks
 from tests.runs import whole_parameters
-
-
-@pytest.mark.parametrize(
-    ("world", "replicate", "shard", "message"),
-    [
-        (6, 4, -1, "legal here: 1, 2, 3, 6"),
-        (8, 2, 8, "nearest: dp_replicate=2 dp_shard=4"),
-        (4, 3, 1, "nearest: dp_replicate=2 dp_shard=2"),
-        (4, 1, 0, "nearest: -1"),
-    ],
-)
-def test_meshes_that_do_not_fit_name_the_nearest(world: int, replicate: int, shard: int, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        data_parallel_sizes(world, replicate, shard)
-
-
-def test_legal_meshes() -> None:
-    assert data_parallel_sizes(8, 2, -1) == (2, 4)
-    assert data_parallel_sizes(1, 1, -1) == (1, 1)
 
 
 def test_micro_batches_divide_a_rank_s_share() -> None:
@@ -62,9 +44,9 @@ def test_sharded_initial_values_equal_those_of_one_process(name: str) -> None:
 
     def ranks(world: World) -> dict[str, bool]:
         device = torch.device("cpu")
-        mesh = build_mesh(device, 1, world.size)
+        mesh = build_mesh(device, Layout(dp_shard=world.size))
         fill = random_fill(5, config.initializer_range, config.pad_token_id)
-        model = build_parallel_model(config, mesh, device, fill, activation_checkpoint="full")
+        model = build_parallel_model(config, mesh, device, fill, Options(activation_checkpoint="full")).model
         assert all(layer.layer_scalar == 1 for layer in model.language_model.layers)
         return {name: torch.equal(tensor, expected[name]) for name, tensor in whole_parameters(model).items()}
 
@@ -78,9 +60,9 @@ def test_the_norm_over_mixed_meshes_is_the_norm_of_all() -> None:
         values = [torch.randn(8, 6, generator=generator) for _ in range(4)]
         square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
         parameters = [
-            torch.nn.Parameter(distribute_tensor(values[0], square["a"], [Shard(0)])),
+            torch.nn.Parameter(distribute_tensor(values[0], square, [Shard(0), Replicate()])),
             torch.nn.Parameter(distribute_tensor(values[1], square, [Replicate(), Shard(1)])),
-            torch.nn.Parameter(distribute_tensor(values[2], square["b"], [Replicate()])),
+            torch.nn.Parameter(distribute_tensor(values[2], square, [Shard(1), Shard(0)])),
             torch.nn.Parameter(values[3].clone()),
         ]
         for parameter in parameters:

@@ -1,0 +1,221 @@
+"""Context parallel: every sequence cut among the ranks of `cp`.
+
+A row of S positions is 2 cp chunks; rank i holds chunks i and 2 cp - 1 - i, so that under a causal
+mask all ranks have as many visible pairs. What a layer's queries see of other ranks:
+
+| layers                                          | what crosses                                             |
+|-------------------------------------------------|----------------------------------------------------------|
+| sliding                                         | the keys and values of the window across a chunk's ends  |
+| full, in a variant whose layers share KV        | all of them, once; the layers that share them reuse them |
+| full, otherwise                                 | all of them, block by block around a ring (ring.py)      |
+
+Masks are made of the whole sequence, which every rank of `cp` has, and carry the plan of their
+exchange; documents shorten what crosses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Self, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model import Gemma4, Gemma4Config
+from model.attention import KeyValue
+from model.attention_kernels import attention
+from model.config import LayerType
+from model.decoder import DecoderLayer
+from model.masks import AttentionMask, layer_masks
+from parallel.collectives import exchange_rows, gather_tokens
+from parallel.ring import Parts, ring_attention
+
+
+@dataclass(frozen=True)
+class WindowMask(AttentionMask):
+    """Each chunk is a row of its own, over the stretch of positions that its queries see.
+
+    `sent` are the local tokens that other ranks need, rank by rank; `window_T` finds a row's keys
+    among the local tokens and, after those, the received ones.
+    """
+
+    sent: Tensor
+    sends: list[int]
+    receives: list[int]
+    window_T: Tensor
+
+    def to(self, device: torch.device) -> Self:
+        sent, window_T = (t.to(device, non_blocking=True) for t in (self.sent, self.window_T))
+        return replace(super().to(device), sent=sent, window_T=window_T)
+
+
+@dataclass(frozen=True)
+class GatheredMask(AttentionMask):
+    """Over all positions; `order_T` finds them among the ranks' tokens end to end."""
+
+    order_T: Tensor
+
+    def to(self, device: torch.device) -> Self:
+        return replace(super().to(device), order_T=self.order_T.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class RingMask(AttentionMask):
+    """Over all positions; `parts` are its parts over the blocks that come around the ring."""
+
+    parts: Parts
+
+    def _with_queries(self, change: Callable[[Tensor], Tensor]) -> Self:
+        parts = tuple(None if part is None else part._with_queries(change) for part in self.parts)
+        return replace(super()._with_queries(change), parts=parts)
+
+
+class ContextParallel:
+    """The cut of sequences among the ranks of a group of two or more."""
+
+    def __init__(self, config: Gemma4Config, group: dist.ProcessGroup) -> None:
+        self.config, self.group = config, group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def cut(self, x_BS: Tensor) -> Tensor:
+        """This rank's [B, S / cp]."""
+        return self._chunks(x_BS).flatten(1, 2)
+
+    def local_rows(self, rows: Tensor, num_rows: int, length: int) -> Tensor:
+        """Flat places [B * S] of the whole batch as places in the cut one, -1 where another rank has them."""
+        here = self.cut(torch.arange(num_rows * length, device=rows.device).view(num_rows, length)).flatten()
+        places = torch.full((num_rows * length,), -1, device=rows.device)
+        places[here] = torch.arange(len(here), device=rows.device)
+        return places[rows]
+
+    def masks(self, types_BS: Tensor, document_ids_BS: Tensor | None) -> dict[LayerType, AttentionMask]:
+        """Masks of this rank's queries, from the whole sequences, on the CPU.
+
+        The model needs positions too: on sliding layers `position_T` counts from the start of the window.
+        """
+        make: dict[LayerType, Callable[[AttentionMask], AttentionMask]] = {
+            "sliding_attention": self._window,
+            "full_attention": self._gathered if self.config.num_kv_shared_layers else self._ring,
+        }
+        return {kind: make[kind](whole) for kind, whole in layer_masks(self.config, types_BS, document_ids_BS).items()}
+
+    def apply(self, model: Gemma4) -> None:
+        """Let the decoder layers of a model, or of one stage of it, exchange what their masks say."""
+        for layer in model.language_model.layers:
+            attn = cast(DecoderLayer, layer).self_attn
+            attn.exchange, attn.kernel = self.exchange, self.attend
+
+    def exchange(self, made: KeyValue, mask: AttentionMask) -> KeyValue:
+        """Keys and values over which `attend` runs, for those of this rank's tokens."""
+        if isinstance(mask, WindowMask):
+            sent = torch.stack([t[mask.sent] for t in made], dim=1)
+            received = exchange_rows(sent, mask.sends, mask.receives, self.group)
+            parts = zip(made, received.unbind(dim=1), strict=True)
+            return KeyValue(*(torch.cat(pair)[mask.window_T] for pair in parts))
+        if isinstance(mask, GatheredMask):
+            gathered = gather_tokens(torch.stack(made, dim=1), self.group)
+            return KeyValue(*(t[mask.order_T] for t in gathered.unbind(dim=1)))
+        return made
+
+    def attend(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: AttentionMask) -> Tensor:
+        """As `attention`."""
+        if isinstance(mask, RingMask):
+            return ring_attention(q_TNH, k_TKH, v_TKH, mask.parts, self.group)
+        return attention(q_TNH, k_TKH, v_TKH, mask)
+
+    def _window(self, whole: AttentionMask) -> WindowMask:
+        B, S = whole.num_rows, whole.num_keys
+        chunks, C = 2 * self.size, S // (2 * self.size)
+        start_BX = whole.first_key_T.view(B, chunks, C).amin(dim=-1)
+        end_BX = whole.last_key_T.view(B, chunks, C).amax(dim=-1) + 1
+        owner_S, place_S = self._owners(S)
+        place_BS = place_S + 2 * C * torch.arange(B)[:, None]
+
+        position_S = torch.arange(S)
+        needed_RBS = torch.stack(
+            [
+                ((position_S >= start_BX[:, held, None]) & (position_S < end_BX[:, held, None])).any(dim=1)
+                & (owner_S != rank)
+                for rank, held in enumerate(self._held().tolist())
+            ]
+        )
+        sent_RBS = needed_RBS & (owner_S == self.rank)
+        taker, row, position = sent_RBS.nonzero(as_tuple=True)  # by taker, then in order of place
+        row_of, position_of = needed_RBS[self.rank].nonzero(as_tuple=True)
+        order = owner_S[position_of].argsort(stable=True)
+        found_BS = place_BS.clone()
+        found_BS[row_of[order], position_of[order]] = 2 * C * B + torch.arange(len(order))
+
+        held = self._held()[self.rank]
+        start_V, end_V = start_BX[:, held].flatten(), end_BX[:, held].flatten()
+        width = int((end_V - start_V).max())
+        # A shorter stretch is filled up with any token, which none of its queries sees.
+        key_VW = start_V[:, None] + torch.arange(width)
+        row_V = torch.arange(B).repeat_interleave(2)
+        window_VW = torch.where(key_VW < end_V[:, None], found_BS[row_V[:, None], key_VW.clamp_max(S - 1)], 0)
+
+        cut, start_T = self._cut_mask(whole), start_V.repeat_interleave(C)
+        return WindowMask(
+            torch.arange(2 * B).repeat_interleave(C),
+            cut.position_T - start_T,
+            cut.first_key_T - start_T,
+            cut.last_key_T - start_T,
+            num_rows=2 * B,
+            num_keys=width,
+            sent=place_BS[row, position],
+            sends=torch.bincount(taker, minlength=self.size).tolist(),
+            receives=torch.bincount(owner_S[position_of], minlength=self.size).tolist(),
+            window_T=window_VW.flatten(),
+        )
+
+    def _gathered(self, whole: AttentionMask) -> GatheredMask:
+        B, S = whole.num_rows, whole.num_keys
+        owner_S, place_S = self._owners(S)
+        order_BS = (owner_S * B + torch.arange(B)[:, None]) * (S // self.size) + place_S
+        return GatheredMask(**vars(self._cut_mask(whole)), order_T=order_BS.flatten())
+
+    def _ring(self, whole: AttentionMask) -> RingMask:
+        cut = self._cut_mask(whole)
+        owner_S, place_S = self._owners(whole.num_keys)
+        parts = []
+        for step in range(self.size):
+            # In increasing order, so what an interval of positions holds of them is an interval again.
+            keys = (owner_S == (self.rank - step) % self.size).nonzero()[:, 0]
+            first_T = torch.searchsorted(keys, cut.first_key_T)
+            last_T = torch.searchsorted(keys, cut.last_key_T, right=True) - 1
+            empty_T = first_T > last_T
+            part = AttentionMask(
+                cut.row_T,
+                place_S[cut.position_T],
+                first_T.masked_fill(empty_T, len(keys)),
+                last_T.masked_fill(empty_T, -1),
+                whole.num_rows,
+                len(keys),
+            )
+            parts.append(None if bool(empty_T.all()) else part)
+        return RingMask(**vars(cut), parts=tuple(parts))
+
+    def _cut_mask(self, whole: AttentionMask) -> AttentionMask:
+        """The mask of this rank's queries, over the whole sequence."""
+        here = torch.arange(whole.num_queries).view(whole.num_rows, whole.num_keys)
+        return whole.select(self.cut(here).flatten())
+
+    def _held(self) -> Tensor:
+        """Chunks [cp, 2] of each rank."""
+        first = torch.arange(self.size)
+        return torch.stack((first, 2 * self.size - 1 - first), dim=1)
+
+    def _chunks(self, x_BS: Tensor) -> Tensor:
+        return x_BS.unflatten(1, (2 * self.size, -1))[:, self._held()[self.rank]]
+
+    def _owners(self, length: int) -> tuple[Tensor, Tensor]:
+        """Rank [S] of each position, and its place [S] in a row there."""
+        held = self._held()
+        chunk = length // (2 * self.size)
+        owner_S, place_S = torch.empty(2, length, dtype=torch.long).unbind()
+        position_RP = (held[..., None] * chunk + torch.arange(chunk)).flatten(1)
+        owner_S[position_RP] = torch.arange(self.size)[:, None]
+        place_S[position_RP] = torch.arange(2 * chunk)
+        return owner_S, place_S

@@ -1,0 +1,91 @@
+"""Expert parallel: experts split over `ep`, tokens travelling to them and back by all-to-all.
+
+One copy of a token goes to each rank that has any of its experts, and one row comes back: the
+weighted sum over that rank's experts. Nothing is dropped. At home a token's rows are added in
+float32 in the order of ranks, so that the sum does not depend on when they arrive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+
+from model import Gemma4
+from model.decoder import DecoderLayer
+from model.moe import Experts, run_experts
+from parallel.collectives import exchange_counts, exchange_rows, gather_tokens
+from parallel.mesh import Mesh
+from parallel.sharded import local_part, sharded_parameter
+from parallel.token_split import TensorParallel
+
+
+class ParallelExperts(nn.Module):
+    """In place of `Experts` on `meta`: this rank's run of consecutive experts.
+
+    Ranks of tensor parallel that all hold the whole stream take a run of its tokens each.
+    """
+
+    grouped_mm: Callable[..., Tensor]
+
+    def __init__(self, experts: Experts, mesh: DeviceMesh, plan: TensorParallel | None = None) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
+        if mesh.size() > 1:
+            self.gate_up_proj, self.down_proj = (
+                sharded_parameter(p, mesh, (Shard(0),)) for p in (self.gate_up_proj, self.down_proj)
+            )
+        self.group, self.plan, self.grouped_mm = mesh.get_group(), plan, F.grouped_mm
+        self.held = experts.gate_up_proj.shape[0] // mesh.size()
+        self.first = mesh.get_local_rank() * self.held
+
+    def forward(self, x_TD: Tensor, weights_Tk: Tensor, indices_Tk: Tensor) -> Tensor:
+        plan = self.plan
+        if plan is None or plan.sequence_parallel:
+            return self._routed(x_TD, weights_Tk, indices_Tk)
+        share = plan.share(len(x_TD))
+        out_TD = self._routed(x_TD[share], weights_Tk[share], indices_Tk[share])
+        most = -(-len(x_TD) // plan.size)
+        return gather_tokens(F.pad(out_TD, (0, 0, 0, most - len(out_TD))), plan.group)[: len(x_TD)]
+
+    def _routed(self, x_TD: Tensor, weights_Tk: Tensor, indices_Tk: Tensor) -> Tensor:
+        """R ranks, C copies sent, and A copies that arrived here."""
+        wanted_TR = torch.zeros(len(x_TD), self.group.size(), dtype=torch.bool, device=x_TD.device)
+        wanted_TR.scatter_(1, indices_Tk // self.held, True)
+        _, token_C = wanted_TR.T.nonzero(as_tuple=True)  # rank by rank, tokens in order
+        sends_R = wanted_TR.sum(dim=0)
+        sends, receives = torch.stack((sends_R, exchange_counts(sends_R, self.group))).tolist()
+        x_AD, weights_Ak, indices_Ak = (
+            exchange_rows(t[token_C], sends, receives, self.group) for t in (x_TD, weights_Tk, indices_Tk)
+        )
+        out_AD = self._local(x_AD, weights_Ak, indices_Ak - self.first)
+        out_CD = exchange_rows(out_AD.to(x_TD.dtype), receives, sends, self.group)
+        out_TD = torch.zeros(x_TD.shape, device=x_TD.device)
+        return out_TD.index_add(0, token_C, out_CD.float()).to(x_TD.dtype)
+
+    def _local(self, x_AD: Tensor, weights_Ak: Tensor, local_Ak: Tensor) -> Tensor:
+        """The weighted sum [A, D], float32, over those of each copy's experts that are here."""
+        row, slot = ((local_Ak >= 0) & (local_Ak < self.held)).nonzero(as_tuple=True)
+        expert = local_Ak[row, slot]
+        order = expert.argsort(stable=True)  # grouped by expert, copies in order
+        row, slot = row[order], slot[order]
+        offsets = torch.bincount(expert, minlength=self.held).cumsum(0).to(torch.int32)
+        gate_up, down = local_part(self.gate_up_proj), local_part(self.down_proj)
+        y = run_experts(x_AD[row], offsets, gate_up, down, self.grouped_mm)
+        weighted = y.float() * weights_Ak[row, slot, None]
+        return torch.zeros(x_AD.shape, device=x_AD.device).index_add(0, row, weighted)
+
+
+def apply_expert_parallel(model: Gemma4, mesh: Mesh, plan: TensorParallel | None) -> None:
+    """Split the experts of a model on `meta`, or of one stage of it, where any plan splits them or their tokens."""
+    if mesh.layout.ep == 1 and plan is None:
+        return
+    for module in model.language_model.layers:
+        layer = cast(DecoderLayer, module)
+        if layer.has_experts:
+            layer.experts = ParallelExperts(cast(Experts, layer.experts), mesh.ep, plan)

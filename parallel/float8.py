@@ -1,0 +1,154 @@
+"""float8: the products of the decoder's linear layers and experts on operands rounded to 8 bits; masters stay float32.
+
+| part                                              | product                                                   |
+|---------------------------------------------------|-----------------------------------------------------------|
+| q, k, v, o, gate, up, down, per-layer projections | torchao's: `torch._scaled_mm` on a GPU that has it        |
+| experts                                           | grouped product of operands that were rounded to float8   |
+| token table = head, router, towers                | not float8                                                |
+
+Operands are e4m3; gradients are e5m2 by the tensorwise recipe and e4m3 by the rowwise one. The
+rowwise recipe and the experts scale each row along the axis that is summed over, by a power of
+two, so that a number is rounded alike whatever shares its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import Gemma4
+from model.errors import ConfigError
+from model.moe import Experts, Router
+from parallel.expert import ParallelExperts
+from parallel.tensor import SplitLinear
+
+Product = Callable[[Tensor, Tensor], Tensor]
+"""Of x [T, K] and a weight [N, K], as `F.linear`."""
+
+GRADIENT_DTYPES = {"tensorwise": torch.float8_e5m2, "rowwise": torch.float8_e4m3fn}
+_MULTIPLE = 16
+"""`torch._scaled_mm` wants both sizes of a weight, and the number of tokens in its gradient, to be multiples of it."""
+
+
+class Float8Linear(nn.Linear):
+    """In place of a whole linear layer; holds the same parameter under the same name."""
+
+    def __init__(self, linear: nn.Linear, product: Product) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, None  # type: ignore[assignment]
+        self.weight, self.product = linear.weight, product
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.product(x_TD, self.weight)
+
+
+def apply_float8(model: Gemma4, recipe: str) -> str:
+    """recipe: none | tensorwise | rowwise; for a model on `meta`, after the plans that split its layers.
+
+    Returns what computes the products, for the log. Raises `ConfigError` where a weight has sizes
+    that a GPU would refuse, also where float8 is only emulated.
+    """
+    if recipe == "none":
+        return recipe
+    native = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+    product = float8_product(recipe, emulate=not native)
+    for path, parent, name, linear in list(_linears(model)):
+        weight = linear.local_weight() if isinstance(linear, SplitLinear) else linear.weight
+        _check_sizes(path, weight, recipe)
+        if isinstance(linear, SplitLinear):
+            linear.product = product
+        else:
+            setattr(parent, name, Float8Linear(linear, product))
+    experts = [module for module in model.modules() if isinstance(module, Experts | ParallelExperts)]
+    for module in experts:
+        module.grouped_mm = float8_grouped_mm(recipe)
+    return f"{recipe}, {'scaled_mm' if native else 'emulated'}" + (", experts emulated" if experts else "")
+
+
+def _linears(model: Gemma4) -> Iterator[tuple[str, nn.Module, str, nn.Linear]]:
+    """The decoder's linear layers: path, parent, name in it, and the layer itself."""
+    for path, parent in model.language_model.layers.named_modules(prefix="language_model.layers"):
+        if isinstance(parent, Router):
+            continue
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                yield f"{path}.{name}", parent, name, child
+
+
+def _check_sizes(path: str, weight_NK: Tensor, recipe: str) -> None:
+    sizes = list(weight_NK.shape)
+    legal = [max(round(size / _MULTIPLE), 1) * _MULTIPLE for size in sizes]
+    if sizes != legal:
+        raise ConfigError(
+            f"float8.recipe={recipe} needs sizes that are multiples of {_MULTIPLE}, but {path} has a weight of {sizes} "
+            f"on each rank; nearest legal: {legal}, or float8.recipe=none."
+        )
+
+
+def float8_product(recipe: str, *, emulate: bool) -> Product:
+    """`F.linear` in float8, forward and backward, of plain tensors of any layout."""
+    # imports slowly, so only when asked for
+    from torchao.float8 import Float8LinearConfig, LinearMMConfig, ScaledMMConfig
+    from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
+
+    config = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate)
+    products = LinearMMConfig(
+        *(
+            ScaledMMConfig(emulate, gemm.use_fast_accum)
+            for gemm in (config.gemm_config_output, config.gemm_config_grad_input, config.gemm_config_grad_weight)
+        )
+    )
+
+    def product(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+        # Tokens may be any number, also none. Zero rows neither change a scale nor add to a gradient.
+        tokens = len(x_TK)
+        missing = -tokens % _MULTIPLE if tokens else _MULTIPLE
+        padded = F.pad(x_TK, (0, 0, 0, missing)) if missing else x_TK
+        return matmul_with_hp_or_float8_args.apply(padded, weight_NK.t(), products, config)[:tokens]
+
+    return product
+
+
+def float8_grouped_mm(recipe: str) -> Callable[..., Tensor]:
+    """`F.grouped_mm` of x [T, K] and weights [E, K, N] on rounded operands, forward and backward."""
+
+    def grouped_mm(x_TK: Tensor, weight_EKN: Tensor, *, offs: Tensor) -> Tensor:
+        return _GroupedProduct.apply(x_TK, weight_EKN, offs, GRADIENT_DTYPES[recipe])
+
+    return grouped_mm
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """Keeps its operands as they came, and rounds them again in the backward: rounded weights are nobody's storage."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TK: Tensor, weight_EKN: Tensor, offsets_E: Tensor, gradient_dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x_TK, weight_EKN, offsets_E)
+        ctx.gradient_dtype = gradient_dtype
+        return F.grouped_mm(rounded(x_TK, -1), rounded(weight_EKN, -2), offs=offsets_E)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x_TK, weight_EKN, offsets_E = ctx.saved_tensors
+        grad_x = F.grouped_mm(
+            rounded(grad_TN, -1, ctx.gradient_dtype), rounded(weight_EKN, -1).transpose(-2, -1), offs=offsets_E
+        )
+        grad_weight = F.grouped_mm(
+            rounded(x_TK, 0).transpose(0, 1), rounded(grad_TN, 0, ctx.gradient_dtype), offs=offsets_E
+        )
+        return grad_x, grad_weight, None, None
+
+
+def rounded(x: Tensor, dim: int, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
+    """x as `dtype` holds it, with one scale, a power of two, for all numbers along `dim`; in the dtype of x."""
+    if not x.numel():
+        return x
+    largest = x.abs().amax(dim, keepdim=True).float().clamp_min(1e-12)
+    exponent = torch.log2(torch.finfo(dtype).max / largest).floor()
+    scale = torch.exp2(exponent).to(x.dtype)
+    return (x * scale).to(dtype).to(x.dtype) / scale

@@ -1,0 +1,162 @@
+"""The tied token table split by vocabulary over `tp`: look-up and loss. No rank holds all of it, nor a [T, V] tensor.
+
+The soft cap bounds every score, so the sum of exponentials needs no maximum taken out first:
+what crosses for each token is that sum and the label's score, two float32, in one all-reduce a
+chunk. A rank has ceil(V / tp) rows of the table, the last ranks fewer or none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from model.config import ConfigError
+from model.head import CrossEntropy, Head, softcapped_logits
+from parallel.collectives import gather_tokens, summed
+from parallel.sharded import local_part, sharded_parameter
+from parallel.token_split import TensorParallel
+
+_LARGEST_CAP = 80.0
+"""exp of it, times a vocabulary, is still far from the largest float32."""
+
+
+class VocabParallelEmbedding(nn.Module):
+    """In place of an `nn.Embedding` on `meta`; returns this rank's tokens under sequence parallel, else all."""
+
+    weight: nn.Parameter
+
+    def __init__(self, table: nn.Embedding, plan: TensorParallel) -> None:
+        super().__init__()
+        assert table.padding_idx is not None
+        self.plan, self.padding_idx = plan, table.padding_idx
+        self.first_row = plan.rank * _rows_per_rank(table.num_embeddings, plan)
+        self.weight = sharded_parameter(table.weight, plan.mesh, (Shard(0),))
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        """Rows [T, D], or [T / tp, D], in the dtype that the table has."""
+        weight = local_part(self.weight)
+        local_T = ids_T - self.first_row
+        mine = ((local_T >= 0) & (local_T < weight.shape[0])).nonzero()[:, 0]
+        padding = self.padding_idx - self.first_row
+        rows = F.embedding(local_T[mine], weight, padding if 0 <= padding < weight.shape[0] else None)
+        out_TD = weight.new_zeros(len(ids_T), weight.shape[1]).index_copy(0, mine, rows)
+        return self.plan.reduced(out_TD)
+
+
+class VocabParallelHead(Head):
+    """Scores and loss of hidden states that all ranks of `tp` hold, through the slice of the table each has."""
+
+    def __init__(self, softcap: float, plan: TensorParallel) -> None:
+        super().__init__(softcap)
+        if softcap > _LARGEST_CAP:
+            raise ConfigError(
+                f"model.final_logit_softcapping={softcap} is too large for the split loss of parallel.tp={plan.size}; "
+                f"largest legal: {_LARGEST_CAP}."
+            )
+        self.plan = plan
+
+    def logits(self, hidden: Tensor, weight_VD: Tensor) -> Tensor:
+        """All scores [..., V], on every rank."""
+        part = F.linear(hidden, local_part(weight_VD)).movedim(-1, 0)
+        missing = _rows_per_rank(weight_VD.shape[0], self.plan) - part.shape[0]
+        padded = F.pad(part.flatten(1), (0, 0, 0, missing))
+        whole = gather_tokens(padded, self.plan.group)[: weight_VD.shape[0]].unflatten(1, hidden.shape[:-1])
+        return softcapped_logits(whole.movedim(0, -1), self.softcap)
+
+    def forward(
+        self,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        labels_T: Tensor,
+        z_loss: float = 0.0,
+        chunk_size: int | None = None,
+    ) -> CrossEntropy:
+        """As `linear_cross_entropy`, with the whole value on every rank.
+
+        weight_VD: the DTensor split over `tp`. Each rank must go backward with the same factor on
+        its `total`: its gradient of `hidden_TD` is then the part that its rows of the table make,
+        and that of its rows is complete.
+        """
+        assert isinstance(weight_VD, DTensor)
+        most = _rows_per_rank(weight_VD.shape[0], self.plan)
+        if chunk_size is None:  # the same on every rank, as ranks meet once a chunk
+            budget = 1 << (22 if hidden_TD.device.type == "cpu" else 26)
+            chunk_size = max(64, budget // most)
+        options = (self.plan.rank * most, self.softcap, z_loss, chunk_size, self.plan.group)
+        return CrossEntropy(*_VocabParallelCrossEntropy.apply(hidden_TD, local_part(weight_VD), labels_T, *options))
+
+
+def _rows_per_rank(rows: int, plan: TensorParallel) -> int:
+    """Of a table of `rows`, on all but the last ranks that have any."""
+    return -(-rows // plan.size)
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    """Like the fused loss of `model.head`: gradients are made in the forward, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        labels_T: Tensor,
+        first_row: int,
+        softcap: float,
+        z_loss: float,
+        chunk_size: int,
+        group: dist.ProcessGroup,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden_TD) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        nll = hidden_TD.new_zeros((), dtype=torch.float32)
+        z = nll.clone()
+        # As in `model.head`, the same buffers serve every chunk.
+        buffers = hidden_TD.new_empty((2, min(chunk_size, hidden_TD.shape[0]), weight_VD.shape[0]), dtype=torch.float32)
+        for start in range(0, hidden_TD.shape[0], chunk_size):
+            hidden, local = hidden_TD[start : start + chunk_size], labels_T[start : start + chunk_size] - first_row
+            mine = ((local >= 0) & (local < weight_VD.shape[0])).nonzero()[:, 0]
+            local = local[mine]
+            capped, exponentials = buffers[:, : hidden.shape[0]].unbind()
+            if hidden.dtype == torch.float32:
+                torch.mm(hidden, weight_VD.T, out=capped)
+            else:
+                capped.copy_(hidden @ weight_VD.T)
+            capped.div_(softcap).tanh_()  # in units of the cap
+            torch.mul(capped, softcap, out=exponentials).exp_()
+            parts = hidden.new_zeros((2, hidden.shape[0]), dtype=torch.float32)
+            parts[0] = exponentials.sum(dim=1)
+            parts[1, mine] = capped[mine, local] * softcap
+            sums, scores = summed(parts, group)
+            log_z = sums.log()
+            nll += (log_z - scores).sum()
+            z += log_z.square().sum()
+            if not (wants_hidden or wants_weight):
+                continue
+            grad_fp32 = exponentials.mul_(((1 + 2 * z_loss * log_z) / sums)[:, None])
+            grad_fp32[mine, local] -= 1.0
+            grad = grad_fp32.mul_(capped.square_().neg_().add_(1)).to(weight_VD.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, weight_VD, out=grad_hidden[start : start + chunk_size])
+            if grad_weight is not None and grad.dtype == torch.float32:
+                grad_weight.addmm_(grad.T, hidden)
+            elif grad_weight is not None:
+                grad_weight += grad.T @ hidden
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(nll, z)
+        return nll + z_loss * z, nll, z
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden.mul_(grad_total)
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None, None

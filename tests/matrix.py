@@ -1,0 +1,89 @@
+"""The support matrix: which meshes are held against one process, for which variants.
+
+python -m tests.matrix     # runs them all and writes what it found into README.md
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from parallel.layout import Layout
+from tests.meshes import BOUNDS, VARIANTS, Case, run
+
+README = Path(__file__).parent.parent / "README.md"
+_BLOCK = re.compile(r"(<!-- matrix -->\n).*?(<!-- /matrix -->)", re.DOTALL)
+_NAMES = {"e2b": "E2B", "e4b": "E4B", "12b": "12B", "26b_a4b": "26B-A4B", "31b": "31B"}
+
+
+class Kind(NamedTuple):
+    layout: Layout
+    variants: tuple[str, ...] = VARIANTS
+
+
+MOE = ("26b_a4b",)
+MESHES: dict[str, Kind] = {
+    "dp2": Kind(Layout(dp_shard=2)),
+    "hsdp 2x2": Kind(Layout(dp_replicate=2, dp_shard=2)),
+    "tp2": Kind(Layout(tp=2, sequence_parallel=False)),
+    "tp2+sp": Kind(Layout(tp=2)),
+    "cp2": Kind(Layout(cp=2)),
+    "pp2": Kind(Layout(pp=2)),
+    "ep2": Kind(Layout(dp_shard=2, ep=2), MOE),
+    "dp2·tp2": Kind(Layout(dp_shard=2, tp=2, sequence_parallel=False)),
+    "dp2·tp2+sp·cp2": Kind(Layout(dp_shard=2, tp=2, cp=2)),
+    "tp4": Kind(Layout(tp=4, sequence_parallel=False)),
+    "tp8+sp": Kind(Layout(tp=8)),
+    "ep4·dp4": Kind(Layout(dp_shard=4, ep=4), MOE),
+    "ep2·tp2·dp2": Kind(Layout(dp_shard=2, tp=2, ep=2), MOE),
+    "ep4·cp2": Kind(Layout(dp_shard=2, cp=2, ep=4), MOE),
+    "pp2·dp2·tp2": Kind(Layout(pp=2, dp_shard=2, tp=2)),
+    "pp2·cp2": Kind(Layout(pp=2, cp=2)),
+    "hsdp 2x2·tp2": Kind(Layout(dp_replicate=2, dp_shard=2, tp=2)),
+}
+
+
+def cases() -> list[tuple[str, Case]]:
+    return [(mesh, Case(variant, kind.layout)) for mesh, kind in MESHES.items() for variant in kind.variants]
+
+
+def written() -> dict[str, set[str]]:
+    """Mesh to the variants that README says yes for."""
+    block = _BLOCK.search(README.read_text(encoding="utf-8"))
+    assert block is not None
+    found = {}
+    for line in block[0].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] in MESHES:
+            found[cells[0]] = {v for v, cell in zip(VARIANTS, cells[1:], strict=False) if cell.startswith("yes")}
+    return found
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    rows, failed = [], 0
+    for mesh, kind in MESHES.items():
+        cells, worst = [], [0.0, 0.0, 0.0]
+        for variant in VARIANTS:
+            if variant not in kind.variants:
+                cells.append("")
+                continue
+            found = run(Case(variant, kind.layout))
+            good = found.loss < BOUNDS.loss and found.norm < BOUNDS.norm and found.gradient < BOUNDS.gradient
+            failed += not good
+            cells.append("yes" if good else "**no**")
+            worst = [max(a, b) for a, b in zip(worst, (found.loss, found.norm, found.gradient), strict=True)]
+        rows.append(f"| {mesh} | {' | '.join(cells)} | {worst[0]:.0e}, {worst[1]:.0e}, {worst[2]:.0e} |")
+        print(rows[-1], flush=True)
+    header = f"| mesh | {' | '.join(_NAMES[v] for v in VARIANTS)} | worst loss, norm, gradient |"
+    table = "\n".join((header, "|---" * (len(VARIANTS) + 2) + "|", *rows)) + "\n"
+    README.write_text(_BLOCK.sub(lambda block: block[1] + table + block[2], README.read_text(encoding="utf-8")))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""One case of mesh parity: a small model trained for a few steps on a mesh, held against one process without plans."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from data.batch import IGNORE, Batch
+from model import ConfigError, Gemma4, Gemma4Config
+from model.init import random_fill, whole_slices
+from parallel.apply import Options, build_parallel_model
+from parallel.layout import Layout, resolve_layout
+from parallel.mesh import World, build_mesh, micro_batch_size
+from parallel.pipeline import check_pipeline
+from tests.distributed import run_ranks
+from train.config import OptimizerConfig
+from train.engine import Engine
+from train.objective import build_objective
+from train.optimizer import build_optimizer
+
+CPU = torch.device("cpu")
+VARIANTS = ("e2b", "e4b", "12b", "26b_a4b", "31b")
+SMALL: dict[str, Any] = {
+    "vocab_size": 200,
+    "vocab_size_per_layer_input": 200,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "sliding_window_pattern": 2,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "sliding_window": 12,
+    "vision": None,
+    "audio": None,
+}
+MAX_GRAD_NORM = 0.5
+LEARNING_RATE = 1e-4
+"""AdamW makes a whole step of the rounding of a near-zero gradient; steps of this size keep that below the bounds."""
+ONE_RANK = Layout()
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is run; everything in it is hashable, so that cases share their reference."""
+
+    variant: str
+    layout: Layout = ONE_RANK
+    options: tuple[tuple[str, Any], ...] = ()
+    """Of `parallel.apply.Options`."""
+    sizes: tuple[tuple[str, Any], ...] = ()
+    """Fields of the model that differ from `SMALL`."""
+    batch_size: int = 8
+    micro_batch_size: int = 4
+    """Most sequences a rank runs at once."""
+    length: int = 32
+    steps: int = 5
+    seed: int = 0
+    gradient_sync: str = "last"
+
+    @property
+    def config(self) -> Gemma4Config:
+        shared = {"num_kv_shared_layers": 2} if self.variant in ("e2b", "e4b") else {}
+        # Routing is a choice: rounding that swaps two near-equal experts changes a token's output at once. Over several
+        # steps every expert is chosen, so that only sums are left to differ.
+        experts = {"moe_intermediate_size": 16, "num_experts": 8, "top_k_experts": 8 if self.steps > 1 else 3}
+        moe = experts if self.variant == "26b_a4b" else {}
+        return Gemma4Config.from_name(f"tiny_{self.variant}", **(SMALL | shared | moe | dict(self.sizes)))
+
+    @property
+    def reference_key(self) -> Case:
+        return replace(self, layout=ONE_RANK, options=(), micro_batch_size=0, gradient_sync="last")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Of each step: loss, gradient norm before clipping, and (first and last step) every gradient."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Largest relative differences to one process."""
+
+    loss: float
+    norm: float
+    gradient: float
+    worst: str = ""
+
+
+def check(case: Case) -> None:
+    """Raises `ConfigError` where the pipeline of a case cannot run."""
+    layout, options = case.layout, dict(case.options)
+    if case.batch_size % layout.dp:
+        raise ConfigError(f"{case.batch_size} sequences for {layout.dp} ranks")
+    if layout.pp > 1:
+        count = (
+            case.batch_size
+            // layout.dp
+            // micro_batch_size(case.batch_size, case.micro_batch_size, layout.dp, layout.pp)
+        )
+        check_pipeline(
+            options.get("pp_schedule", "1f1b"),
+            options.get("pp_virtual", 2),
+            layout.pp,
+            case.config.num_hidden_layers,
+            count,
+            options.get("activation_checkpoint", "none"),
+        )
+
+
+BOUNDS = Errors(loss=1e-5, norm=1e-5, gradient=1e-4)
+
+
+def run(case: Case) -> Errors:
+    """The worst of all ranks."""
+    if dict(case.options).get("activation_checkpoint", "none") != "none":
+        import torchtitan.distributed.activation_checkpoint  # noqa: F401  once here, not in every rank
+    expected = reference(case.reference_key)
+    errors = run_ranks(case.layout.world_size, lambda world: train(case, world, expected))
+    gradient = max(errors, key=lambda e: e.gradient)
+    return Errors(max(e.loss for e in errors), max(e.norm for e in errors), gradient.gradient, gradient.worst)
+
+
+def rows(case: Case, step: int) -> Batch:
+    """The sequences of a step: packed documents of uneven length, spans without labels, a row without any."""
+    draw = random.Random(f"{case.seed}/{step}")
+    vocab, length = case.config.vocab_size, case.length
+    tokens = torch.randint(
+        3, vocab, (case.batch_size, length), generator=torch.Generator().manual_seed(draw.getrandbits(32))
+    )
+    labels, positions, documents = tokens.roll(-1, 1), torch.zeros_like(tokens), torch.zeros_like(tokens)
+    for row in range(case.batch_size):
+        start = 0
+        while start < length:
+            end = min(length, start + draw.choice((1, 3, length // 4, length // 2, length)))
+            positions[row, start:end] = torch.arange(end - start)
+            documents[row, start:end] = start
+            labels[row, end - 1] = IGNORE
+            hidden = draw.choice((0, 0, 2, end - start))
+            labels[row, start : start + hidden] = IGNORE
+            start = end
+    labels[draw.randrange(case.batch_size)] = IGNORE
+    return Batch(tokens, labels, positions, documents)
+
+
+def _part(batch: Batch, indices: slice) -> Batch:
+    return Batch(*(getattr(batch, n)[indices] for n in ("tokens_BS", "labels_BS", "positions_BS", "document_ids_BS")))
+
+
+def _fill(case: Case) -> Any:
+    """Initial values; matrices larger than a real start, so that five steps matter and every part has a gradient."""
+    return random_fill(case.seed + 1, 0.1, 0)
+
+
+@cache
+def reference(case: Case) -> Run:
+    """The plain model, batch by batch whole, with torch's own clipping. Give it a `reference_key`."""
+    torch.manual_seed(0)
+    model = Gemma4(case.config)
+    _fill(case)(whole_slices(model))
+    optimizer = build_optimizer(model, OptimizerConfig(lr=LEARNING_RATE))
+    objective, run = build_objective(0.0), Run()
+    for step in range(case.steps):
+        batch = rows(case, step)
+        loss = objective(model, batch)
+        (loss.total / loss.count).backward()
+        run.losses.append(float(loss.nll / loss.count))
+        if step in (0, case.steps - 1):
+            run.gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        run.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return run
+
+
+def train(case: Case, world: World, expected: Run) -> Errors:
+    """The same on this rank of the case's mesh, each gradient compared as soon as it is whole."""
+    layout = resolve_layout(world.size, case.layout, case.config, case.length)
+    mesh = build_mesh(CPU, layout)
+    parallel = build_parallel_model(
+        case.config, mesh, CPU, _fill(case), Options(sequence_length=case.length, **dict(case.options))
+    )
+    optimizer = build_optimizer(parallel.model, OptimizerConfig(lr=LEARNING_RATE))
+    engine = Engine(parallel, build_objective(0.0), CPU, case.gradient_sync)
+    loss_error = norm_error = 0.0
+    gradient_error, worst = 0.0, ""
+    for step in range(case.steps):
+        batch = rows(case, step)
+        supervised = int(batch.supervised_BS.sum())
+        micro_batches = share_of(batch, case, layout, world.rank)
+        sums = engine.forward_backward(micro_batches, supervised, [(False, False)] * len(micro_batches))
+        assert sums is not None
+        total = sums["loss"].double()
+        dist.all_reduce(total)
+        loss_error = max(loss_error, abs(float(total) / supervised / expected.losses[step] - 1))
+        if step in (0, case.steps - 1):
+            found = whole_gradients(parallel.model)
+            for name, grad in found.items():
+                error = _error(grad, expected.gradients[0 if step == 0 else -1][name])
+                if error > gradient_error:
+                    gradient_error, worst = error, name
+        norm = engine.clip(MAX_GRAD_NORM)
+        norm_error = max(norm_error, abs(norm / expected.norms[step] - 1))
+        optimizer.step()
+        optimizer.zero_grad()
+    return Errors(loss_error, norm_error, gradient_error, worst)
+
+
+def share_of(batch: Batch, case: Case, layout: Layout, rank: int) -> list[Batch]:
+    """The micro-batches of a data-parallel rank."""
+    size = case.batch_size // layout.dp
+    micro = micro_batch_size(case.batch_size, case.micro_batch_size, layout.dp, layout.pp)
+    start = layout.data_rank(rank) * size
+    return [_part(batch, slice(i, i + micro)) for i in range(start, start + size, micro)]
+
+
+def whole_gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {
+        name.replace("_checkpoint_wrapped_module.", ""): p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
