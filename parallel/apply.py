@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -14,16 +14,19 @@ from model.init import Fill
 from parallel.activation_checkpoint import apply_activation_checkpoint
 from parallel.balance import RouterBalance, watch_routers
 from parallel.context import ContextParallel
+from parallel.cut import cut_layers, num_stages
 from parallel.embedding_shards import shard_embedding_rows
 from parallel.expert import apply_expert_parallel
 from parallel.float8 import apply_float8
 from parallel.fsdp import shard
 from parallel.initialise import initialise
 from parallel.mesh import Mesh
-from parallel.pipeline import Pipeline, cut_layers, num_stages
 from parallel.stage import Gemma4Stage, Stages
 from parallel.tensor import apply_tensor_parallel
 from parallel.token_split import TensorParallel
+
+if TYPE_CHECKING:
+    from parallel.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ def build_parallel_model(
         initialise(part, device, fill, offloaded=options.cpu_offload)
     pipeline, model = None, cast(nn.Module, parts[0])
     if stages:
+        from parallel.pipeline import Pipeline  # imports slowly, so only when asked for
+
         count = num_stages(options.pp_schedule, options.pp_virtual, layout.pp)
         pipeline, model = Pipeline(stages, mesh, options.pp_schedule, count, options.compute_dtype), Stages(stages)
     return ParallelModel(config, model, mesh, tensor, context, pipeline, routers, products)

@@ -14,11 +14,11 @@ from torch.distributed.tensor import DTensor
 
 from data.batch import IGNORE, Batch
 from model import ConfigError, Gemma4, Gemma4Config
-from model.init import random_fill, whole_slices
+from model.init import Fill, random_fill, whole_slices
 from parallel.apply import Options, build_parallel_model
+from parallel.cut import check_pipeline
 from parallel.layout import Layout, resolve_layout
 from parallel.mesh import World, build_mesh, micro_batch_size
-from parallel.pipeline import check_pipeline
 from tests.distributed import run_ranks
 from train.config import OptimizerConfig
 from train.engine import Engine
@@ -157,9 +157,9 @@ def _part(batch: Batch, indices: slice) -> Batch:
     return Batch(*(getattr(batch, n)[indices] for n in ("tokens_BS", "labels_BS", "positions_BS", "document_ids_BS")))
 
 
-def _fill(case: Case) -> Any:
-    """Initial values; matrices larger than a real start, so that five steps matter and every part has a gradient."""
-    return random_fill(case.seed + 1, 0.1, 0)
+def initial_values(seed: int) -> Fill:
+    """Matrices larger than a real start has, so that five steps matter and every part has a gradient."""
+    return random_fill(seed + 1, 0.1, 0)
 
 
 @cache
@@ -167,7 +167,7 @@ def reference(case: Case) -> Run:
     """The plain model, batch by batch whole, with torch's own clipping. Give it a `reference_key`."""
     torch.manual_seed(0)
     model = Gemma4(case.config)
-    _fill(case)(whole_slices(model))
+    initial_values(case.seed)(whole_slices(model))
     optimizer = build_optimizer(model, OptimizerConfig(lr=LEARNING_RATE))
     objective, run = build_objective(0.0), Run()
     for step in range(case.steps):
@@ -188,7 +188,7 @@ def train(case: Case, world: World, expected: Run) -> Errors:
     layout = resolve_layout(world.size, case.layout, case.config, case.length)
     mesh = build_mesh(CPU, layout)
     parallel = build_parallel_model(
-        case.config, mesh, CPU, _fill(case), Options(sequence_length=case.length, **dict(case.options))
+        case.config, mesh, CPU, initial_values(case.seed), Options(sequence_length=case.length, **dict(case.options))
     )
     optimizer = build_optimizer(parallel.model, OptimizerConfig(lr=LEARNING_RATE))
     engine = Engine(parallel, build_objective(0.0), CPU, case.gradient_sync)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from parallel.apply import ParallelModel
 from parallel.context import ContextParallel
 from parallel.fsdp import require_gradient_sync
 from parallel.grad_norm import clip_grad_norm
-from parallel.pipeline import Pipeline
 from parallel.stage import Computed, MicroBatch
 from train.objective import Loss, Objective
+
+if TYPE_CHECKING:
+    from parallel.pipeline import Pipeline
 
 
 class Engine:

@@ -25,9 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 import configs
 from model import ConfigError, Gemma4Config
 from model.errors import nearest
+from parallel.cut import SCHEDULES, check_pipeline
 from parallel.layout import Layout
 from parallel.mesh import DEVICES, DTYPES, micro_batch_size
-from parallel.pipeline import check_pipeline
 from train.config import ENCODERS, Config, ModelConfig
 
 CONFIG_FOLDER = Path(configs.__file__).parent
@@ -39,7 +39,7 @@ CHOICES = {
     "run.dtype": DTYPES,
     "data.format": ("text", "chat"),
     "parallel.gradient_sync": ("last", "every"),
-    "parallel.pp_schedule": ("1f1b", "interleaved", "zero_bubble"),
+    "parallel.pp_schedule": SCHEDULES,
     "float8.recipe": ("none", "tensorwise", "rowwise"),
     "schedule.name": ("constant", "linear", "cosine", "wsd"),
     "activation_checkpoint.mode": ("none", "full", "selective"),

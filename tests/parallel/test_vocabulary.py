@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch._dynamo  # noqa: F401  what DTensor imports on first use: once here, not in every rank
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -30,16 +32,19 @@ def drawn(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def split(whole_VD: Tensor, ranks: int, padding_idx: int = 0) -> tuple[VocabParallelEmbedding, TensorParallel]:
-    """The table on this rank of a mesh of all ranks."""
-    plan = TensorParallel(init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",)), sequence_parallel=True)
+def plan_of(ranks: int) -> TensorParallel:
+    return TensorParallel(init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",)), sequence_parallel=True)
+
+
+def split(whole_VD: Tensor, plan: TensorParallel, padding_idx: int = 0) -> VocabParallelEmbedding:
+    """The table on this rank."""
     with torch.device("meta"):
         plain = nn.Embedding(*whole_VD.shape, padding_idx=padding_idx)
     table = VocabParallelEmbedding(plain, plan).to_empty(device="cpu").to(whole_VD.dtype)
     local = local_of(table.weight)
     with torch.no_grad():
         local.copy_(whole_VD[table.first_row : table.first_row + len(local)])
-    return table, plan
+    return table
 
 
 def local_of(tensor: Tensor | None) -> Tensor:
@@ -82,12 +87,15 @@ class Loss(NamedTuple):
     grad_rows: Tensor
 
 
-def split_loss(case: LossCase, rows: int, ranks: int) -> Loss:
+def split_loss(
+    case: LossCase, rows: int, plan: TensorParallel, watch: AbstractContextManager[Any] | None = None
+) -> Loss:
     hidden, weight, labels = case.tensors(rows)
-    table, plan = split(weight, ranks)
+    table = split(weight, plan)
     hidden.requires_grad_()
-    loss = VocabParallelHead(CAP, plan)(hidden, table.weight, labels, case.z_loss, case.chunk_size)
-    (loss.total / 7).backward()
+    with watch or nullcontext():
+        loss = VocabParallelHead(CAP, plan)(hidden, table.weight, labels, case.z_loss, case.chunk_size)
+        (loss.total / 7).backward()
     assert hidden.grad is not None
     return Loss([value.detach() for value in loss], hidden.grad, local_of(table.weight.grad))
 
@@ -102,15 +110,15 @@ class LookUp(NamedTuple):
     grad_whole: Tensor
 
 
-def split_look_up(dtype: torch.dtype, rows: int, ranks: int, rank: int) -> LookUp:
+def split_look_up(dtype: torch.dtype, rows: int, plan: TensorParallel) -> LookUp:
     ids, weight, factors, padding = look_up_tensors(dtype, rows)
-    table, plan = split(weight, ranks, padding)
+    table = split(weight, plan, padding)
     share = table(ids)
     (share * factors[plan.share(len(ids))]).sum().backward()
     grad_share, table.weight.grad = local_of(table.weight.grad), None
     with whole_stream(plan):
         whole = table(ids)
-    (whole * factors * (rank + 1)).sum().backward()  # a part of what all ranks have alike
+    (whole * factors * (plan.rank + 1)).sum().backward()  # a part of what all ranks have alike
     return LookUp(dtype, share.detach(), grad_share, whole.detach(), local_of(table.weight.grad))
 
 
@@ -126,9 +134,9 @@ def score_tensors(rows: int) -> tuple[Tensor, Tensor]:
     return drawn(3, 2, 3, 6), drawn(4, rows, 6)
 
 
-def split_scores(rows: int, ranks: int) -> Tensor:
+def split_scores(rows: int, plan: TensorParallel) -> Tensor:
     hidden, weight = score_tensors(rows)
-    table, plan = split(weight, ranks)
+    table = split(weight, plan)
     with torch.no_grad():
         return VocabParallelHead(CAP, plan).logits(hidden, table.weight)
 
@@ -138,8 +146,9 @@ def on_ranks(ranks: int, rows: int) -> list[tuple[list[Loss], list[LookUp], Tens
     """Everything that is asked of the ranks of one size, in one start of them."""
 
     def run(world: World) -> tuple[list[Loss], list[LookUp], Tensor]:
-        look_ups = [split_look_up(dtype, rows, ranks, world.rank) for dtype in (torch.float32, torch.bfloat16)]
-        return [split_loss(case, rows, ranks) for case in LOSS_CASES], look_ups, split_scores(rows, ranks)
+        plan = plan_of(ranks)
+        look_ups = [split_look_up(dtype, rows, plan) for dtype in (torch.float32, torch.bfloat16)]
+        return [split_loss(case, rows, plan) for case in LOSS_CASES], look_ups, split_scores(rows, plan)
 
     return run_ranks(ranks, run)
 
@@ -147,7 +156,8 @@ def on_ranks(ranks: int, rows: int) -> list[tuple[list[Loss], list[LookUp], Tens
 @pytest.mark.parametrize(("ranks", "rows"), SIZES)
 def test_loss_and_gradients_are_those_of_one_process(ranks: int, rows: int) -> None:
     worst = {torch.float32: 0.0, torch.bfloat16: 0.0}
-    for case, found in zip(LOSS_CASES, zip(*(losses for losses, _, _ in on_ranks(ranks, rows)), strict=True)):
+    by_case = zip(*(losses for losses, _, _ in on_ranks(ranks, rows)), strict=True)
+    for case, found in zip(LOSS_CASES, by_case, strict=True):
         hidden, weight, labels = case.tensors(rows)
         hidden.requires_grad_(), weight.requires_grad_()
         expected = linear_cross_entropy(hidden, weight, labels, softcap=CAP, z_loss=case.z_loss)
@@ -223,10 +233,10 @@ def test_chunks_are_alike_on_uneven_ranks_and_nothing_is_as_large_as_the_table_o
     many = LossCase(430_000, width=2)
 
     def run(world: World) -> tuple[int, int, float]:
-        with Watch() as watch:
-            split_loss(small, 400, ranks)
+        watch, plan = Watch(), plan_of(ranks)
+        split_loss(small, 400, plan, watch)
         hidden, weight, labels = many.tensors(37)
-        table, plan = split(weight, ranks)
+        table = split(weight, plan)
         with pytest.raises(ConfigError, match=r"softcapping=90.0 is too large .* largest legal: 80"):
             VocabParallelHead(90.0, plan)
         with torch.no_grad():

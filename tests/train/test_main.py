@@ -70,7 +70,7 @@ def test_from_the_checkout_as_a_module(tmp_path: Path) -> None:
         (["+train.stepz=3"], "error: train.stepz is no config key; nearest: train.steps."),
         (["+variant=32b"], "error: variant=32b does not exist; nearest: "),
         (["train.global_batch_size=7"], "does not divide among 2 data-parallel ranks; nearest: 6."),
-        (["parallel.dp_shard=3"], "nearest: dp_replicate=1 dp_shard=2."),
+        (["parallel.dp_shard=3"], "nearest legal: parallel.dp_shard=2."),
         (["data.source=/nowhere"], "error: data.source=/nowhere names no text"),
         (["data.tokenizer=/nowhere"], "error: data.tokenizer=/nowhere does not exist"),
         (["run.resume=/nowhere"], "checkpoint /nowhere cannot be read"),

@@ -1,0 +1,307 @@
+"""float8: the numbers of torchao's own conversion, in the decoder's linear layers and experts only, on every mesh.
+
+A small model that was never trained is a poor ruler: queries and keys of norm 1 an element make
+its attention so sharp that weights moved by 3 % turn the gradient about as far as float8 does. So the
+models here have query norms as small as usual scores, and how close float8 comes is measured for
+each product by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchao.float8
+import torchtitan.distributed.activation_checkpoint  # noqa: F401  slow; once here, not in every rank
+from torch import Tensor, nn
+
+from model import ConfigError, Gemma4, Gemma4Config
+from model.init import Slice, random_fill, whole_slices
+from model.moe import Experts
+from parallel.activation_checkpoint import apply_activation_checkpoint
+from parallel.apply import Options, build_parallel_model
+from parallel.float8 import Float8Linear, apply_float8, float8_grouped_mm, float8_product, rounded
+from parallel.layout import Layout
+from parallel.mesh import World, build_mesh
+from tests.distributed import run_ranks
+from tests.meshes import CPU, VARIANTS, whole_gradients
+from tests.report import report
+
+RECIPES = ("tensorwise", "rowwise")
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "vocab_size_per_layer_input": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "sliding_window_pattern": 2,
+    "sliding_window": 8,
+    "boi_token_id": 58,
+    "boa_token_id": 59,
+    "image_token_id": 60,
+    "audio_token_id": 61,
+    "eoi_token_id": 62,
+    "eoa_token_id": 63,
+    "video_token_id": 57,
+}
+
+
+def config_of(variant: str, **changed: Any) -> Gemma4Config:
+    """Small, without towers. All experts take every token, so that rounding swaps none of them."""
+    shared = {"num_kv_shared_layers": 2} if variant in ("e2b", "e4b") else {}
+    experts = {"num_experts": 4, "top_k_experts": 4, "moe_intermediate_size": 32} if variant == "26b_a4b" else {}
+    return Gemma4Config.from_name(
+        f"tiny_{variant}", **(SIZES | {"vision": None, "audio": None} | shared | experts | changed)
+    )
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, labels and which are supervised, whose number is no multiple of 16 nor the same in both halves."""
+    tokens = torch.randint(3, 57, (4, 20), generator=torch.Generator().manual_seed(1))
+    supervised = torch.rand(4, 20, generator=torch.Generator().manual_seed(2)) < 0.6
+    return tokens, tokens.roll(-1, 1), supervised
+
+
+def backward(model: nn.Module, rows: slice = slice(None)) -> Tensor:
+    """The part of the loss per token of the whole batch that these rows make."""
+    assert isinstance(model, Gemma4)
+    tokens, labels, supervised = batch()
+    hidden = model(tokens[rows], supervised=supervised[rows])
+    loss = model.head(hidden, model.head_weight, labels[rows][supervised[rows]]).total / supervised.sum()
+    loss.backward()
+    return loss.detach()
+
+
+def flat(gradients: dict[str, Tensor]) -> Tensor:
+    return torch.cat([gradients[name].flatten().double() for name in sorted(gradients)])
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0))
+
+
+@torch.no_grad()
+def fill(slices: list[Slice]) -> None:
+    random_fill(0, 0.1, 0)(slices)
+    for part in slices:
+        if part.name.endswith("q_norm.weight"):
+            part.local.fill_(0.1)
+
+
+def build(variant: str, dtype: torch.dtype = torch.float32) -> Gemma4:
+    model = Gemma4(config_of(variant))
+    fill(whole_slices(model))
+    return model.to(dtype)
+
+
+@cache
+def trained(variant: str, recipe: str, dtype: torch.dtype, checkpoint: str = "none") -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of a model without other plans."""
+    model = build(variant, dtype)
+    apply_float8(model, recipe)
+    apply_activation_checkpoint(model, checkpoint)
+    return float(backward(model)), whole_gradients(model)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_and_gradients_are_close_to_those_without_it(variant: str, recipe: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        (expected, wanted), (loss, found) = (trained(variant, name, dtype) for name in ("none", recipe))
+        assert found.keys() == wanted.keys()
+        alike = cosine(flat(found), flat(wanted))
+        report(
+            "Gradients in float8 against those without",
+            {"variant": variant, "recipe": recipe, "dtype": dtype, "cosine": f"{alike:.4f}"},
+        )
+        assert loss == pytest.approx(expected, rel=2e-2) and loss != expected
+        assert 0.9 < alike < 0.999
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_dense_layers_compute_what_torchao_converts_them_to(variant: str, recipe: str) -> None:
+    ours, theirs = build(variant), build(variant)
+    apply_float8(ours, recipe)
+    for module in ours.modules():
+        if isinstance(module, Experts):
+            module.grouped_mm = F.grouped_mm
+    config = replace(torchao.float8.Float8LinearConfig.from_recipe_name(recipe), emulate=True)
+    torchao.float8.convert_to_float8_training(
+        theirs.language_model.layers, config=config, module_filter_fn=lambda _, name: "router" not in name
+    )
+    assert float(backward(ours)) == pytest.approx(float(backward(theirs)), rel=1e-5)
+    found, wanted = whole_gradients(ours), whole_gradients(theirs)
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, wanted[name], rtol=1e-3, atol=1e-4 * float(wanted[name].abs().max()))
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recomputation_changes_nothing(recipe: str, mode: str) -> None:
+    for variant in ("e2b", "26b_a4b"):
+        (expected, wanted), (loss, found) = (trained(variant, recipe, torch.float32, m) for m in ("none", mode))
+        assert loss == expected and found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in found)
+
+
+def test_only_linear_layers_and_experts_of_the_decoder_are_touched() -> None:
+    for variant in ("e4b", "26b_a4b"):
+        with torch.device("meta"):
+            model = Gemma4(Gemma4Config.from_name(f"tiny_{variant}"))
+        before, types = dict(model.named_parameters()), {name: type(m) for name, m in model.named_modules()}
+        assert apply_float8(model, "none") == "none"
+        assert types == {name: type(m) for name, m in model.named_modules()}
+        described = apply_float8(model, "rowwise")
+        assert described == "rowwise, emulated" + (", experts emulated" if variant == "26b_a4b" else "")
+        assert list(model.named_parameters()) == list(before.items())  # the very same objects
+        names = {name for name, m in model.named_modules() if type(m) is not types[name]}
+        kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        kinds += ["per_layer_input_gate", "per_layer_projection"]
+        assert names == {
+            name
+            for name, m in model.named_modules()
+            if name.startswith("language_model.layers.") and name.rpartition(".")[2] in kinds
+        }
+        assert all(isinstance(model.get_submodule(name), Float8Linear) for name in names)
+        assert any(name.endswith("router.proj") for name in types) == (variant == "26b_a4b")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"intermediate_size": 72}, r"layers.0.mlp.gate_proj has a weight of \[72, 64\] .* legal: \[64, 64\]"),
+        (
+            {"hidden_size": 40, "hidden_size_per_layer_input": 0},
+            r"self_attn.q_proj has a weight of \[64, 40\] .* legal: \[64, 32\]",
+        ),
+        ({"hidden_size_per_layer_input": 4}, r"per_layer_input_gate has a weight of \[4, 64\] .* legal: \[16, 64\]"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_sizes_a_gpu_would_refuse_are_refused(sizes: dict[str, int], message: str) -> None:
+    with torch.device("meta"):
+        model = Gemma4(config_of("e2b", **sizes))
+    apply_float8(model, "none")
+    with pytest.raises(ConfigError, match=message):
+        apply_float8(model, "tensorwise")
+
+
+MESHES = [
+    *(("e2b", layout) for layout in (Layout(), Layout(dp_shard=2), Layout(tp=2))),
+    *(("26b_a4b", layout) for layout in (Layout(), Layout(dp_shard=2), Layout(dp_shard=2, ep=2), Layout(tp=2))),
+    ("26b_a4b", Layout(tp=2, sequence_parallel=False)),
+]
+"""None where each rank rounds its part of a gradient: a KV head that ranks share, or whole layers on whole streams."""
+
+
+def test_a_mesh_equals_one_rank() -> None:
+    """Rowwise: its scales are powers of two, so that numbers are rounded alike whatever shares their row or rank."""
+    configs = {
+        "e2b": config_of("e2b", num_key_value_heads=2),
+        "26b_a4b": config_of("26b_a4b", num_global_key_value_heads=2),
+    }
+
+    def run(world: World) -> list[tuple[str, Layout, float, Tensor]]:
+        found = []
+        for variant, layout in MESHES:
+            if layout.world_size == world.size:
+                options = Options(float8="rowwise", activation_checkpoint="full")
+                parallel = build_parallel_model(configs[variant], build_mesh(CPU, layout), CPU, fill, options)
+                share = len(batch()[0]) // layout.dp
+                start = layout.data_rank(world.rank) * share
+                loss = backward(parallel.model, slice(start, start + share))
+                torch.distributed.all_reduce(loss)
+                found.append((variant, layout, float(loss) / layout.tp, flat(whole_gradients(parallel.model))))
+        return found
+
+    expected = {variant: (loss, gradient) for variant, _, loss, gradient in run_ranks(1, run)[0]}
+    for variant, layout, loss, gradient in run_ranks(2, run)[0]:
+        wanted_loss, wanted = expected[variant]
+        errors = abs(loss / wanted_loss - 1), float((gradient - wanted).norm() / wanted.norm())
+        report(
+            "Meshes in float8 against one rank, rowwise",
+            {"variant": variant, "mesh": layout, "loss": f"{errors[0]:.1e}", "gradient": f"{errors[1]:.1e}"},
+        )
+        assert max(errors) < 1e-3, (variant, layout)
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_take_any_layout_and_number_of_tokens(recipe: str, dtype: torch.dtype) -> None:
+    """Emulated, and as `torch._scaled_mm` computes them, which refuses what it cannot."""
+    wide = drawn(200, 300)
+    weights = {
+        "plain": drawn(96, 64),
+        "transposed": drawn(64, 96).T,
+        "rows": wide[3:99, :64],
+        "columns": wide[:96, 7:71],
+    }
+    for weight in weights.values():
+        for tokens in (0, 1, 21, 32):
+            results = []
+            for product in (F.linear, *(float8_product(recipe, emulate=emulate) for emulate in (True, False))):
+                x, w = (t.to(dtype).detach().requires_grad_() for t in (drawn(tokens, 64), weight))
+                y = product(x, w)
+                y.backward(drawn(tokens, 96).to(dtype))
+                results.append((y.detach(), x.grad, w.grad))
+            for plain, emulated, native in zip(*results, strict=True):
+                assert plain.shape == emulated.shape == native.shape and plain.dtype == emulated.dtype == native.dtype
+                if tokens == 0:
+                    assert not emulated.any() and not native.any()
+                else:
+                    assert 0.99 < cosine(emulated, plain) < 0.99999 < cosine(native, emulated)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_grouped_product_is_that_of_each_expert(recipe: str) -> None:
+    """As torchao's dense product where scales are alike; also an expert without tokens, and no tokens at all."""
+    ends = [5, 5, 21, 32]
+    weight_ENK = drawn(4, 96, 64)
+    for tokens in (32, 0):
+        x, w = drawn(tokens, 64).requires_grad_(), weight_ENK.clone().requires_grad_()
+        offsets = torch.tensor(ends if tokens else [0] * 4, dtype=torch.int32)
+        y = float8_grouped_mm(recipe)(x, w.transpose(1, 2), offs=offsets)
+        upstream = drawn(tokens, 96)
+        y.backward(upstream)
+        assert x.grad is not None and w.grad is not None
+        if not tokens:
+            assert y.shape == (0, 96) and not w.grad.any()
+            continue
+        for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            own = slice(start, end)
+            plain_x, plain_w = x[own].detach().requires_grad_(), weight_ENK[expert].clone().requires_grad_()
+            out = float8_product("rowwise", emulate=True)(plain_x, plain_w)
+            out.backward(upstream[own])
+            torch.testing.assert_close(y[own], out)
+            assert plain_x.grad is not None and plain_w.grad is not None
+            if start == end:
+                assert not w.grad[expert].any()
+                continue
+            exact = upstream[own].T @ x[own].detach()
+            assert 0.99 < cosine(w.grad[expert], exact) < 0.99999
+            if recipe == "rowwise":
+                torch.testing.assert_close(x.grad[own], plain_x.grad)
+            else:
+                assert 0.99 < cosine(x.grad[own], plain_x.grad) < 0.99999
+
+
+def test_rounding() -> None:
+    x = drawn(7, 33) * torch.logspace(-6, 6, 33)
+    for dtype, bits in ((torch.float8_e4m3fn, 3), (torch.float8_e5m2, 2)):
+        for dim in (0, 1):
+            found = rounded(x, dim, dtype)
+            near = x.abs() > x.abs().amax(dim, keepdim=True) * 2**-10
+            assert ((found - x).abs() <= x.abs() * 2.0 ** -(bits + 1))[near].all() and (found != x).any()
+            assert torch.equal(rounded(found, dim, dtype), found)
+            assert torch.equal(rounded(x.bfloat16(), dim, dtype).float(), rounded(x.bfloat16().float(), dim, dtype))
+    assert not rounded(torch.zeros(3, 4), 1).any()
