@@ -89,16 +89,28 @@ class Experts(nn.Module):
         self.grouped_mm = F.grouped_mm
 
     def forward(self, x_TD: Tensor, weights_Tk: Tensor, indices_Tk: Tensor) -> Tensor:
-        num_tokens, top_k = indices_Tk.shape
-        order = indices_Tk.flatten().argsort(stable=True)  # slots grouped by expert, tokens in order
-        experts = torch.arange(self.gate_up_proj.shape[0], device=order.device)
-        offsets = torch.searchsorted(indices_Tk.flatten()[order], experts, right=True).to(torch.int32)
-        slot = torch.empty_like(order)
-        slot[order] = torch.arange(order.numel(), device=order.device)
-        rows = _Dispatch.apply(x_TD, order, slot, top_k)
-        y = run_experts(rows, offsets, self.gate_up_proj, self.down_proj, self.grouped_mm)
-        y_TkD = _Combine.apply(y, order, slot).view(num_tokens, top_k, x_TD.shape[-1])
-        return (y_TkD * weights_Tk[..., None]).sum(dim=1).to(x_TD.dtype)
+        return run_routed(x_TD, weights_Tk, indices_Tk, self.gate_up_proj, self.down_proj, self.grouped_mm)
+
+
+def run_routed(
+    x_TD: Tensor,
+    weights_Tk: Tensor,
+    indices_Tk: Tensor,
+    gate_up_EFD: Tensor,
+    down_EDF: Tensor,
+    grouped_mm: Callable[..., Tensor] = F.grouped_mm,
+) -> Tensor:
+    """Each token's weighted sum [T, D] over its experts, all of which are here."""
+    num_tokens, top_k = indices_Tk.shape
+    order = indices_Tk.flatten().argsort(stable=True)  # slots grouped by expert, tokens in order
+    experts = torch.arange(gate_up_EFD.shape[0], device=order.device)
+    offsets = torch.searchsorted(indices_Tk.flatten()[order], experts, right=True).to(torch.int32)
+    slot = torch.empty_like(order)
+    slot[order] = torch.arange(order.numel(), device=order.device)
+    rows = _Dispatch.apply(x_TD, order, slot, top_k)
+    y = run_experts(rows, offsets, gate_up_EFD, down_EDF, grouped_mm)
+    y_TkD = _Combine.apply(y, order, slot).view(num_tokens, top_k, x_TD.shape[-1])
+    return (y_TkD * weights_Tk[..., None]).sum(dim=1).to(x_TD.dtype)
 
 
 def run_experts(

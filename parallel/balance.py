@@ -38,7 +38,9 @@ class RouterBalance:
 
     def __call__(self, scores_TE: Tensor) -> Tensor:
         with torch.no_grad():
-            choices_E = torch.bincount(scores_TE.topk(self.top_k).indices.flatten(), minlength=scores_TE.shape[1])
+            chosen_Tk = scores_TE.topk(self.top_k).indices
+            # Unlike a bincount, this does not make the host wait for a GPU.
+            choices_E = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, chosen_Tk, True).sum(dim=0)
             self.totals = self.totals.to(scores_TE.device)
             self.totals[: len(choices_E)] += choices_E
         if not (torch.is_grad_enabled() and (self.balance or self.z)):

@@ -18,7 +18,7 @@ from torch.distributed.tensor import Shard
 
 from model import Gemma4
 from model.decoder import DecoderLayer
-from model.moe import Experts, run_experts
+from model.moe import Experts, run_experts, run_routed
 from parallel.collectives import exchange_counts, exchange_rows, gather_tokens
 from parallel.mesh import Mesh
 from parallel.sharded import local_part, sharded_parameter
@@ -55,6 +55,9 @@ class ParallelExperts(nn.Module):
 
     def _routed(self, x_TD: Tensor, weights_Tk: Tensor, indices_Tk: Tensor) -> Tensor:
         """R ranks, C copies sent, and A copies that arrived here."""
+        if self.group.size() == 1:  # nothing travels, and the numbers are those of `Experts`
+            gate_up, down = local_part(self.gate_up_proj), local_part(self.down_proj)
+            return run_routed(x_TD, weights_Tk, indices_Tk, gate_up, down, self.grouped_mm)
         wanted_TR = torch.zeros(len(x_TD), self.group.size(), dtype=torch.bool, device=x_TD.device)
         wanted_TR.scatter_(1, indices_Tk // self.held, True)
         _, token_C = wanted_TR.T.nonzero(as_tuple=True)  # rank by rank, tokens in order

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot  # noqa: F401  imported here once, so that no forked rank has to
+import torch._dynamo  # the same
 import torch.distributed as dist
+import torch.distributed.pipelining  # noqa: F401  the same
 
 from parallel.mesh import World
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch._dynamo  # noqa: F401  what DTensor imports on first use: once here, not in every rank
+import torch._dynamo  # what DTensor imports on first use: once here, not in every rank
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
