@@ -108,27 +108,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight.addmm_(grad.T, hidden)
             elif grad_weight is not None:
                 grad_weight += grad.T @ hidden
-        ctx.grads, ctx.scale, ctx.weight_dtype = (grad_hidden, grad_weight), 1.0, weight_VD.dtype
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(nll, z)
         return nll + z_loss * z, nll, z
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = scaled_gradients(ctx, grad_total)
+        grad_hidden, grad_weight = ctx.saved_tensors
+        # In place, since a copy would be as large as the head; autograd itself refuses a second backward.
+        if grad_hidden is not None:
+            grad_hidden.mul_(grad_total)
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None
-
-
-def scaled_gradients(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients that a loss's forward made, times what its backward is given.
-
-    In place, since a copy would be as large as the head. A schedule that goes backward twice, for
-    inputs and for weights, keeps the graph, and with it these.
-    """
-    grad_hidden, grad_weight = ctx.grads
-    for grad in (grad_hidden, grad_weight):
-        if grad is not None:
-            grad.mul_(grad_total / ctx.scale)
-    ctx.scale = grad_total
-    if not torch._C._autograd._get_current_graph_task_keep_graph():
-        ctx.grads = None
-    return grad_hidden, None if grad_weight is None else grad_weight.to(ctx.weight_dtype)

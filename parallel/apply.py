@@ -24,6 +24,7 @@ from parallel.mesh import Mesh
 from parallel.stage import Gemma4Stage, Stages
 from parallel.tensor import apply_tensor_parallel
 from parallel.token_split import TensorParallel
+from parallel.weight_gradients import defer_weight_gradients
 
 if TYPE_CHECKING:
     from parallel.pipeline import Pipeline
@@ -91,6 +92,8 @@ def build_parallel_model(
         if context is not None:
             context.apply(part)
         products = apply_float8(part, options.float8)
+        if options.pp_schedule == "zero_bubble" and isinstance(part, Gemma4Stage):
+            part.deferred = defer_weight_gradients(part)
         sharded_rows = shard_embedding_rows(part, mesh, options.compute_dtype, tensor)
         apply_activation_checkpoint(part, options.activation_checkpoint, options.activation_checkpoint_every)
         shard(

@@ -11,9 +11,7 @@ def num_stages(schedule: str, virtual: int, pp: int) -> int:
     return pp if schedule == "1f1b" else pp * virtual
 
 
-def check_pipeline(
-    schedule: str, virtual: int, pp: int, num_layers: int, num_micro_batches: int, activation_checkpoint: str
-) -> None:
+def check_pipeline(schedule: str, virtual: int, pp: int, num_layers: int, num_micro_batches: int) -> None:
     """Raises `ConfigError` for what a schedule cannot run, with the nearest that it can."""
     stages = num_stages(schedule, virtual, pp)
     if stages > num_layers:
@@ -30,11 +28,6 @@ def check_pipeline(
         raise ConfigError(
             f"parallel.pp_schedule={schedule} needs micro-batches in multiples of parallel.pp={pp}, but there are "
             f"{num_micro_batches}; nearest legal: {num_micro_batches // pp * pp}, or parallel.pp_schedule=1f1b."
-        )
-    if schedule == "zero_bubble" and activation_checkpoint != "none":
-        raise ConfigError(
-            "parallel.pp_schedule=zero_bubble goes backward twice, which activation_checkpoint.mode="
-            f"{activation_checkpoint} does not allow; nearest legal: parallel.pp_schedule=interleaved."
         )
 
 

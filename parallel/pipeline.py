@@ -75,7 +75,14 @@ class Pipeline:
                 after = crossing(stage.span.stop)
             wrapped.append(
                 PipelineStage(
-                    stage, index, self.count, device, input_args=before, output_args=after, group=self.mesh.pp
+                    stage,
+                    index,
+                    self.count,
+                    device,
+                    input_args=before,
+                    output_args=after,
+                    group=self.mesh.pp,
+                    dw_builder=None if stage.deferred is None else stage.deferred.take,
                 )
             )
         options = {"n_microbatches": num_micro_batches, "loss_fn": _already_a_loss, "scale_grads": False}

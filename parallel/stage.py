@@ -15,7 +15,7 @@ parallel cuts sequences. The stream narrows to supervised positions in the last 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from model.decoder import DecoderLayer, decode
 from model.head import Head
 from model.masks import AttentionMask, layer_masks
 from model.media import Media, token_types
+
+if TYPE_CHECKING:
+    from parallel.weight_gradients import WeightGradients
 
 _FIRST_ONLY = ("vision_tower", "vision_embedder", "embed_vision", "audio_tower", "embed_audio")
 _FIRST_TEXT = ("embed_tokens_per_layer", "per_layer_model_projection", "per_layer_projection_norm")
@@ -61,6 +64,8 @@ class Gemma4Stage(Gemma4):
 
     micro_batches: Sequence[MicroBatch]
     loss: Callable[[Computed, int], Tensor]
+    deferred: WeightGradients | None = None
+    """Set where a schedule makes weight gradients apart."""
 
     def __init__(self, config: Gemma4Config, span: range) -> None:
         super().__init__(config)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from model.config import ConfigError
-from model.head import CrossEntropy, Head, scaled_gradients, softcapped_logits
+from model.head import CrossEntropy, Head, softcapped_logits
 from parallel.collectives import gather_tokens, summed
 from parallel.sharded import local_part, sharded_parameter
 from parallel.token_split import TensorParallel
@@ -147,10 +147,16 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
                 grad_weight.addmm_(grad.T, hidden)
             elif grad_weight is not None:
                 grad_weight += grad.T @ hidden
-        ctx.grads, ctx.scale, ctx.weight_dtype = (grad_hidden, grad_weight), 1.0, weight_VD.dtype
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(nll, z)
         return nll + z_loss * z, nll, z
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return *scaled_gradients(ctx, grad_total), None, None, None, None, None, None
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden.mul_(grad_total)
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None, None

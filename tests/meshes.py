@@ -114,7 +114,6 @@ def check(case: Case) -> None:
             layout.pp,
             case.config.num_hidden_layers,
             count,
-            options.get("activation_checkpoint", "none"),
         )
 
 

@@ -262,6 +262,5 @@ def check_layout(config: Config, world_size: int) -> Layout:
             layout.pp,
             config.gemma4().num_hidden_layers,
             train.global_batch_size // (layout.dp * micro),
-            config.activation_checkpoint.mode,
         )
     return layout
