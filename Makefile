@@ -16,7 +16,7 @@ train: setup
 	$(BIN)/torchrun --nproc 2 train/main.py run.device=cpu run.dir=runs/demo
 
 test: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

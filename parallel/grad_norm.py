@@ -27,7 +27,7 @@ def clip_grad_norm(
     held: dict[int, list[Tensor]] = defaultdict(list)
     for parameter, grad in grads.items():
         if not any(parameter is other for other in counted_elsewhere):
-            held[_holders(grad)].append(local_part(grad))
+            held[num_holders(grad)].append(local_part(grad))
     squares = sum(float(get_total_norm(parts)) ** 2 / holders for holders, parts in held.items())
     total = torch.tensor(squares, dtype=torch.float64)
     dist.all_reduce(total)
@@ -38,7 +38,7 @@ def clip_grad_norm(
     return norm
 
 
-def _holders(grad: Tensor) -> int:
+def num_holders(grad: Tensor) -> int:
     """How many ranks hold the same part of a gradient."""
     if not isinstance(grad, DTensor):
         return dist.get_world_size()

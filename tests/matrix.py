@@ -47,8 +47,14 @@ MESHES: dict[str, Kind] = {
 }
 
 
+def case_of(variant: str, layout: Layout) -> Case:
+    """On eight ranks a layer less, of which the last shares keys and values where the variant does."""
+    fewer = (("num_hidden_layers", 3), *((("num_kv_shared_layers", 1),) if variant in ("e2b", "e4b") else ()))
+    return Case(variant, layout, sizes=fewer if layout.world_size == 8 else ())
+
+
 def cases() -> list[tuple[str, Case]]:
-    return [(mesh, Case(variant, kind.layout)) for mesh, kind in MESHES.items() for variant in kind.variants]
+    return [(mesh, case_of(variant, kind.layout)) for mesh, kind in MESHES.items() for variant in kind.variants]
 
 
 def written() -> dict[str, set[str]]:
@@ -72,7 +78,7 @@ def main() -> int:
             if variant not in kind.variants:
                 cells.append("")
                 continue
-            found = run(Case(variant, kind.layout))
+            found = run(case_of(variant, kind.layout))
             good = found.loss < BOUNDS.loss and found.norm < BOUNDS.norm and found.gradient < BOUNDS.gradient
             failed += not good
             cells.append("yes" if good else "**no**")

@@ -124,7 +124,7 @@ def test_a_stop_before_a_step_is_done_leaves_the_step_before(tmp_path: Path, acc
 
     def stop_in_step(world: World, at: int) -> int:
         trainer = Trainer(load_config(arguments), world, torch.device("cpu"))
-        objective, calls = trainer.objective, []
+        objective, calls = trainer.engine.objective, []
 
         def counted(*args: Any) -> Any:
             calls.append(1)
@@ -132,7 +132,7 @@ def test_a_stop_before_a_step_is_done_leaves_the_step_before(tmp_path: Path, acc
                 trainer.stop.signal_name = "SIGTERM"
             return objective(*args)
 
-        trainer.objective = counted
+        trainer.engine.objective = counted
         if at == 0:
             trainer.stop.signal_name = "SIGTERM"
         trainer.train()
