@@ -3,6 +3,7 @@
 python -m launch.benchmark loss         # fused linear cross entropy against the plain one, peak memory and time
 python -m launch.benchmark attention    # a sliding layer: blocked kernel against SDPA with a mask
 python -m launch.benchmark supervised   # a training step that skips unsupervised work against one that does not
+python -m launch.benchmark memory       # host memory of a step on one rank and on four: context, loss, table
 python -m launch.benchmark load         # host memory of two ranks that load a checkpoint of 6.3 GB
 """
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from launch.load_memory import load
+from launch.mesh_memory import memory
 from model import Gemma4, Gemma4Config
 from model.attention_kernels import blocked
 from model.head import linear_cross_entropy, softcapped_logits
@@ -143,11 +145,11 @@ def supervised(rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("loss", "attention", "supervised", "load"))
+    parser.add_argument("what", choices=("loss", "attention", "supervised", "load", "memory"))
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds (the loss runs once per process)")
     arguments = parser.parse_args()
-    if arguments.what == "load":
-        load()
+    if arguments.what in ("load", "memory"):
+        {"load": load, "memory": memory}[arguments.what]()
     else:
         {"loss": loss, "attention": attention, "supervised": supervised}[arguments.what](arguments.rounds)
 

@@ -11,17 +11,19 @@ from torch.distributed.tensor import DTensor
 
 from data.batch import Batch
 from model import Gemma4, Gemma4Config
-from model.init import random_fill
+from model.init import random_fill, whole_slices
 from model.media import Media
 from parallel.apply import Options, build_parallel_model
 from parallel.fsdp import require_gradient_sync
 from parallel.layout import Layout
 from parallel.mesh import World, build_mesh
 from tests.distributed import run_ranks
+from tests.meshes import gradient_errors
 from tests.model.multimodal import make_example
 from tests.model.reference import relative_error
 from tests.report import report
-from train.objective import cross_entropy
+from train.engine import Engine
+from train.objective import build_objective, cross_entropy
 
 CPU = torch.device("cpu")
 VARIANTS = ("gemma4_tiny_e2b", "gemma4_tiny_e4b", "gemma4_tiny_12b", "gemma4_tiny_26b_a4b", "gemma4_tiny_31b")
@@ -138,3 +140,44 @@ def test_a_batch_of_text_touches_no_encoder() -> None:
         return {name.partition(".")[0] for name in gradients(model)}
 
     assert run_ranks(2, run) == [{"language_model"}] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "options"),
+    [
+        ("gemma4_tiny_e4b", Layout(tp=2), {}),
+        ("gemma4_tiny_e4b", Layout(cp=2), {"activation_checkpoint": "full"}),
+        ("gemma4_tiny_e2b", Layout(pp=2, dp_shard=2), {}),
+        ("gemma4_tiny_12b", Layout(cp=2, tp=2), {}),
+        ("gemma4_tiny_31b", Layout(dp_shard=2, tp=2, sequence_parallel=False), {}),
+    ],
+    ids=str,
+)
+def test_media_on_any_mesh_give_the_gradients_of_one_process(
+    name: str, layout: Layout, options: dict[str, Any]
+) -> None:
+    config = config_of(name)
+    data = batches(config, [ROWS[0], ROWS[2], ROWS[1], ROWS[4]])
+    supervised = sum(int(batch.supervised_BS.sum()) for batch in data)
+
+    def run(world: World, layout: Layout) -> dict[str, float]:
+        mesh, fill = build_mesh(CPU, layout), random_fill(3, 0.1, 0)
+        parallel = build_parallel_model(config, mesh, CPU, fill, Options(sequence_length=48, **options))
+        mine = data[layout.data_rank(world.rank) :: layout.dp]
+        flags = [
+            tuple(any(found) for found in zip(*map(present, data[step : step + layout.dp]), strict=True))
+            for step in range(0, len(data), layout.dp)
+        ]
+        Engine(parallel, build_objective(0.0), CPU).forward_backward(mine, supervised, flags)  # type: ignore[arg-type]
+        return gradient_errors(parallel.model, expected)
+
+    plain = Gemma4(config)
+    random_fill(3, 0.1, 0)(whole_slices(plain))
+    objective = build_objective(0.0)
+    for batch in data:
+        (objective(plain, batch).total / supervised).backward()
+    expected = {key: p.grad for key, p in plain.named_parameters() if p.grad is not None}
+    found = run_ranks(layout.world_size, lambda world: run(world, layout))[0]
+    worst = max(found, key=lambda key: found[key])
+    report("Media on meshes", {"variant": name[7:], "mesh": layout, "worst": worst, "error": f"{found[worst]:.1e}"})
+    assert found[worst] < 1e-4, (worst, found[worst])

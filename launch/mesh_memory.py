@@ -1,0 +1,110 @@
+"""Host memory a rank takes in a step, on one rank and on four: `python -m launch.benchmark memory`.
+
+Context parallel at 16,384 positions, the loss split by vocabulary, and the per-layer table split by rows.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from data.batch import Batch
+from model import Gemma4Config
+from model.head import Head
+from model.init import random_fill
+from parallel.apply import Options, build_parallel_model
+from parallel.embedding_shards import ShardedRows
+from parallel.layout import Layout
+from parallel.mesh import World, build_mesh, init_process_group
+from parallel.sharded import local_part
+from parallel.token_split import TensorParallel
+from parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
+from train.engine import Engine
+from train.objective import build_objective
+
+CPU = torch.device("cpu")
+RANKS = 4
+LENGTH, VOCAB, WIDTH, TOKENS, TABLE = 16_384, 262_144, 256, 2048, 2048
+_MIB = 1 << 20
+
+
+def context(size: int) -> Callable[[], object]:
+    """One forward and backward of tiny 31B over one sequence."""
+    config = Gemma4Config.from_name("tiny_31b", vision=None, vocab_size=512, max_position_embeddings=LENGTH)
+    mesh = build_mesh(CPU, Layout(cp=size))
+    parallel = build_parallel_model(config, mesh, CPU, random_fill(0, 0.02, 0), Options(activation_checkpoint="full"))
+    engine = Engine(parallel, build_objective(0.0), CPU)
+    tokens = torch.randint(3, 500, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+    batch = Batch(tokens, tokens, torch.arange(LENGTH)[None], torch.zeros_like(tokens))
+    return lambda: engine.forward_backward([batch], LENGTH, [(False, False)])
+
+
+def loss(size: int) -> Callable[[], object]:
+    """Loss and gradients of 2,048 tokens over 262,144 pieces."""
+    plan = TensorParallel(build_mesh(CPU, Layout(tp=size)).tp, True)
+    with torch.device("meta"):
+        whole = nn.Embedding(VOCAB, WIDTH)
+    table = VocabParallelEmbedding(whole, plan)
+    table.to_empty(device="cpu")
+    local_part(table.weight).detach().normal_(0, 0.02)
+    hidden, labels = torch.randn(TOKENS, WIDTH, requires_grad=True), torch.randint(VOCAB, (TOKENS,))
+    head = VocabParallelHead(30.0, plan) if size > 1 else Head(30.0)
+    weight = table.weight if size > 1 else nn.Parameter(local_part(table.weight).detach())
+    return lambda: head(hidden, weight, labels).total.backward()
+
+
+def rows(size: int) -> Callable[[], object]:
+    """Building a per-layer table of 262,144 rows of 2,048, and one look-up with its backward."""
+
+    def run() -> None:
+        with torch.device("meta"):
+            whole = nn.Embedding(VOCAB, TABLE)
+        mesh = build_mesh(CPU, Layout(dp_shard=size))
+        table = ShardedRows(whole, mesh.fsdp(mesh.whole), torch.float32)
+        table.to_empty(device="cpu")
+        local_part(table.weight).detach().fill_(0.5)
+        table(torch.randint(1, VOCAB, (TOKENS,))).sum().backward()
+
+    return run
+
+
+KINDS = {"context": context, "loss": loss, "rows": rows}
+
+
+def measure(kind: str) -> None:
+    world = World.from_environment()
+    init_process_group(world, CPU)
+    step = KINDS[kind](world.size)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _peak()
+    step()
+    found: list[int] = [0] * world.size
+    dist.all_gather_object(found, _peak() - before)
+    if world.rank == 0:
+        print(f"{kind}: {world.size} ranks, at most {max(found) / _MIB:,.0f} MiB a rank", flush=True)
+    dist.destroy_process_group()
+
+
+def _peak() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def memory() -> None:
+    for kind in KINDS:
+        print(KINDS[kind].__doc__, flush=True)
+        for size in (1, RANKS):
+            command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run([*command, "-m", "launch.mesh_memory", kind], check=True, env=environment)
+
+
+if __name__ == "__main__":
+    measure(sys.argv[1])
