@@ -97,7 +97,9 @@ class Gemma4(nn.Module):
         contexts, narrowed = self.contexts(masks, positions, rows, x_TD.dtype)
         x_TD = decode(text.layers, x_TD, per_layer, contexts, narrowed, rows, narrow_at, {}, store)
         x_TD = text.norm(x_TD)
-        return x_TD.unflatten(0, (num_rows, length)) if rows is None else x_TD[: rows.count]
+        if rows is None:
+            return x_TD.unflatten(0, (num_rows, length))
+        return x_TD if len(x_TD) == rows.count else x_TD[: rows.count].clone()
 
     def embed(
         self, tokens_BS: Tensor, types_BS: Tensor, media: Media | None, rows: Rows | None, narrow_at: int

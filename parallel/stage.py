@@ -108,7 +108,7 @@ class Gemma4Stage(Gemma4):
         if rows is None:
             return self._pack(x_TD, per_layer, shared, masks)
         hidden_TD = self.language_model.norm(x_TD)[: rows.count]
-        return self.loss(Computed(self, hidden_TD), int(number)).view(1)
+        return torch.stack([self.loss(Computed(self, hidden_TD), int(number))])
 
     def _pack(
         self,
