@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 
 from model.config import Gemma4Config
 from model.errors import UserError
-from model.init import Slice
+from model.gemma4 import Gemma4
+from model.init import Slice, initialised_tensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -72,9 +74,15 @@ class Weights:
         self.text_only = not any(key.startswith("model.language_model.") for key in by_key)
         self.entries = {our_name(key, text_only=self.text_only): entry for key, entry in by_key.items()}
 
-    def _check(self, wanted: dict[str, torch.Size]) -> None:
-        """Every wanted tensor is there in its shape, and nothing else is that should have a place."""
-        for name, shape in wanted.items():
+    @cached_property
+    def _wanted(self) -> dict[str, torch.Size]:
+        """Shapes of the whole model's tensors, of which a rank may hold those of some layers only."""
+        with torch.device("meta"):
+            return {name: tensor.shape for name, tensor in initialised_tensors(Gemma4(self.config))}
+
+    def _check(self) -> None:
+        """Every tensor of the model is there in its shape, and nothing else is that should have a place."""
+        for name, shape in self._wanted.items():
             entry = self.entries.get(name)
             if entry is None:
                 key = disk_key(name, text_only=self.text_only)
@@ -85,15 +93,15 @@ class Weights:
                     f"{list(shape)}; config and weights are of different models."
                 )
         for name, entry in self.entries.items():
-            if name not in wanted and not _may_be_left_out(name, self.config):
+            if name not in self._wanted and not _may_be_left_out(name, self.config):
                 raise WeightsError(
                     f"{entry.key} in {entry.file} has no place in this model; "
                     "config and weights are of different models."
                 )
 
     def fill(self, slices: list[Slice]) -> None:
-        """Read a slice of every tensor of the model, file after file; nothing is read if one does not fit."""
-        self._check({part.name: part.shape for part in slices})
+        """Read slices of the model's tensors, file after file; nothing is read if any tensor does not fit."""
+        self._check()
         by_file: dict[Path, list[Slice]] = {}
         for part in slices:
             by_file.setdefault(self.entries[part.name].file, []).append(part)

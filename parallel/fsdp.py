@@ -60,8 +60,9 @@ def shard(
             return ShardPlacementResult(None, whole)
         if parameter.device_mesh.mesh_dim_names == ("tp",):
             return ShardPlacementResult(None, split)
-        shards, (held, *_) = experts.shard_mesh_size, parameter.to_local().shape
-        return ShardPlacementResult(Shard(0 if held % shards == 0 else 1), experts)
+        # By experts, or by rows of each where that is even and experts are not; uneven shards must be of axis 0.
+        shards, (held, rows, _) = experts.shard_mesh_size, parameter.to_local().shape
+        return ShardPlacementResult(Shard(0 if held % shards == 0 or rows % shards else 1), experts)
 
     def unit(module: nn.Module, reshard: bool) -> None:
         fully_shard(

@@ -17,7 +17,7 @@ from transformers import Gemma4ForCausalLM, Gemma4ForConditionalGeneration, Gemm
 from model import Gemma4Config
 from model.hf_format import Weights
 from parallel.apply import build_parallel_model
-from parallel.layout import Layout
+from parallel.layout import Layout, nearest_layout
 from parallel.mesh import World, build_mesh
 from tests.distributed import run_ranks
 from tests.model.multimodal import make_example, random_whole_config, save_reference, whole_reference
@@ -34,7 +34,10 @@ def import_and_save(source: Path, run: Path, world: World) -> None:
     """Stream a released checkpoint into a model sharded over these ranks, and write a training checkpoint of it."""
     config = Gemma4Config.from_hf(source)
     weights = Weights(source, config)
-    model = build_parallel_model(config, build_mesh(CPU, Layout(dp_shard=world.size)), CPU, weights.fill).model
+    wanted = {4: Layout(pp=2, tp=2, ep=2)}.get(world.size, Layout(dp_shard=world.size))
+    layout = nearest_layout(world.size, wanted, config, 64, free=False)
+    assert layout is not None and (layout.tp == layout.pp == 2 or world.size < 4)
+    model = build_parallel_model(config, build_mesh(CPU, layout), CPU, weights.fill).model
     if world.rank == 0:
         Origin.remember(run / "origin", source, {name: entry.dtype for name, entry in weights.entries.items()})
         (run / "checkpoints").mkdir()
