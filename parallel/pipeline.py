@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
 
 from parallel.collectives import swap
+from parallel.fsdp import TOWERS
 from parallel.mesh import Mesh
 from parallel.sharded import local_part
 from parallel.stage import Computed, Gemma4Stage, MicroBatch, shapes_at
@@ -65,6 +67,8 @@ class Pipeline:
             return tuple(torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True) for shape in shapes)
 
         wrapped = []
+        for stage in self.stages:
+            _gather_towers_once(stage)
         for position, stage in enumerate(self.stages):
             index = self.mesh.at["pp"] + position * pp
             before: tuple[Tensor, ...] = (torch.zeros(1, dtype=torch.long),)
@@ -102,6 +106,15 @@ class Pipeline:
             own = local_part(weight.grad)
             other = swap(own, group.size() - 1 if stage.is_first else 0, group)
             own.copy_(own + other if stage.is_first else other + own)
+
+
+def _gather_towers_once(stage: nn.Module) -> None:
+    """Torch ends every backward of a stage in all its units, and fails at one that was never gathered."""
+    for name in TOWERS:
+        for module in getattr(stage, name, nn.Module()).modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+                module.reshard()
 
 
 def _already_a_loss(output: Tensor, number: Tensor) -> Tensor:

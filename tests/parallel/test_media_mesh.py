@@ -18,7 +18,7 @@ from parallel.fsdp import require_gradient_sync
 from parallel.layout import Layout
 from parallel.mesh import World, build_mesh
 from tests.distributed import run_ranks
-from tests.meshes import gradient_errors
+from tests.meshes import Case, gradient_errors, rows, share_of
 from tests.model.multimodal import make_example
 from tests.model.reference import relative_error
 from tests.report import report
@@ -27,6 +27,13 @@ from train.objective import build_objective, cross_entropy
 
 CPU = torch.device("cpu")
 VARIANTS = ("gemma4_tiny_e2b", "gemma4_tiny_e4b", "gemma4_tiny_12b", "gemma4_tiny_26b_a4b", "gemma4_tiny_31b")
+MEDIA = (
+    "vision",
+    "audio",
+    *(f"{kind}_token_id" for kind in ("boi", "boa", "image", "audio", "eoi", "eoa", "video")),
+    "vocab_size",
+    "vocab_size_per_layer_input",
+)
 ROWS: list[list[Any]] = [[6, ("image", 2, 2), 9], [30], [5, ("audio", 30), 4], [28], [3, ("video", [(2, 1)] * 2)], [25]]
 
 
@@ -181,3 +188,20 @@ def test_media_on_any_mesh_give_the_gradients_of_one_process(
     worst = max(found, key=lambda key: found[key])
     report("Media on meshes", {"variant": name[7:], "mesh": layout, "worst": worst, "error": f"{found[worst]:.1e}"})
     assert found[worst] < 1e-4, (worst, found[worst])
+
+
+def test_a_pipeline_whose_towers_see_nothing_goes_on() -> None:
+    """Text alone: the encoders of the first stage are never run."""
+    case = Case("e2b", Layout(pp=2, dp_shard=2), sizes=tuple((name, getattr(config_of("e2b"), name)) for name in MEDIA))
+
+    def on_rank(world: World) -> float:
+        mesh = build_mesh(CPU, case.layout)
+        parallel = build_parallel_model(case.config, mesh, CPU, random_fill(0, 0.1, 0), Options(sequence_length=32))
+        engine, total = Engine(parallel, build_objective(0.0), CPU), 0.0
+        for step in range(2):
+            micro_batches = share_of(rows(case, step), case, case.layout, world.rank)
+            engine.forward_backward(micro_batches, 100, [(False, False)] * len(micro_batches))
+            total = engine.clip(1.0)
+        return total
+
+    assert all(norm > 0 for norm in run_ranks(4, on_rank))
