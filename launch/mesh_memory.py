@@ -50,7 +50,7 @@ def loss(size: int) -> Callable[[], object]:
     """Loss and gradients of 2,048 tokens over 262,144 pieces."""
     plan = TensorParallel(build_mesh(CPU, Layout(tp=size)).tp, True)
     with torch.device("meta"):
-        whole = nn.Embedding(VOCAB, WIDTH)
+        whole = nn.Embedding(VOCAB, WIDTH, padding_idx=0)
     table = VocabParallelEmbedding(whole, plan)
     table.to_empty(device="cpu")
     local_part(table.weight).detach().normal_(0, 0.02)
