@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from parallel.fsdp import TOWERS
 from parallel.mesh import Mesh
 from parallel.sharded import local_part
 from parallel.stage import Computed, Gemma4Stage, MicroBatch, shapes_at
+from parallel.weight_gradients import WeightGradients
 
 _SCHEDULES: dict[str, Callable[..., Any]] = {
     "1f1b": Schedule1F1B,
@@ -86,7 +88,7 @@ class Pipeline:
                     input_args=before,
                     output_args=after,
                     group=self.mesh.pp,
-                    dw_builder=None if stage.deferred is None else stage.deferred.take,
+                    dw_builder=None if stage.deferred is None else partial(_later, stage, stage.deferred),
                 )
             )
         options = {"n_microbatches": num_micro_batches, "loss_fn": _already_a_loss, "scale_grads": False}
@@ -115,6 +117,25 @@ def _gather_towers_once(stage: nn.Module) -> None:
             if isinstance(module, FSDPModule):
                 module.unshard()
                 module.reshard()
+
+
+def _later(stage: Gemma4Stage, deferred: WeightGradients) -> Callable[[], None]:
+    """What makes the weight gradients that a backward left, and adds them up in float32.
+
+    FSDP does the latter behind a backward, which these come after; it reduces gradients of one dtype only.
+    """
+    make = deferred.take()
+
+    def make_and_add() -> None:
+        make()
+        for layer in stage.language_model.layers:
+            assert isinstance(layer, FSDPModule)
+            for group in layer._get_fsdp_state()._fsdp_param_groups:
+                for parameter in group.fsdp_params:
+                    parameter.accumulate_unsharded_grad_if_needed()
+                    parameter.to_accumulated_grad_if_needed()
+
+    return make_and_add
 
 
 def _already_a_loss(output: Tensor, number: Tensor) -> Tensor:
