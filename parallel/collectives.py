@@ -7,6 +7,8 @@ parameter's parts are added when FSDP reduces.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,68 +16,39 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class _Collective(torch.autograd.Function):
+    """A linear collective `there`, whose backward is the collective `back`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return there(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(grad), None, None
+
+
 def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over ranks, on each of them. Its backward is the same: what each rank's copy got is summed."""
-    return _AllReduce.apply(x, group)
-
-
-class _AllReduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return summed(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return summed(grad, ctx.group), None
+    total = partial(summed, group=group)
+    return _Collective.apply(x, total, total)
 
 
 def gather_tokens(x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Every rank's rows end to end; in the backward each gets the sum of what its rows met."""
-    return _GatherTokens.apply(x_TD, group)
-
-
-class _GatherTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _gathered(x_TD, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
-        return _scattered(grad_TD, ctx.group), None
+    return _Collective.apply(x_TD, partial(_gathered, group=group), partial(_scattered, group=group))
 
 
 def scatter_tokens(x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over ranks, of which each keeps its run of rows; the backward gathers. Rows must divide by ranks."""
-    return _ScatterTokens.apply(x_TD, group)
-
-
-class _ScatterTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _scattered(x_TD, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
-        return _gathered(grad_TD, ctx.group), None
+    return _Collective.apply(x_TD, partial(_scattered, group=group), partial(_gathered, group=group))
 
 
 def exchange_rows(x: Tensor, sends: list[int], receives: list[int], group: dist.ProcessGroup) -> Tensor:
     """`sends[r]` rows of x to each rank r in turn, and `receives[r]` rows from each, end to end; backward: back."""
-    return _ExchangeRows.apply(x, sends, receives, group)
-
-
-class _ExchangeRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sends: list[int], receives: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.sends, ctx.receives, ctx.group = sends, receives, group
-        return _all_to_all(x, sends, receives, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(grad, ctx.receives, ctx.sends, ctx.group), None, None, None
+    there = partial(_all_to_all, sends=sends, receives=receives, group=group)
+    return _Collective.apply(x, there, partial(_all_to_all, sends=receives, receives=sends, group=group))
 
 
 def exchange_counts(sends_R: Tensor, group: dist.ProcessGroup) -> Tensor:
