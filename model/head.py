@@ -54,13 +54,61 @@ def linear_cross_entropy(
     """Sum of -log softmax(softcap(h W^T))[label], plus `z_loss` times the squared log-sum-exp.
 
     labels_T: [T] int64, all in [0, V); select supervised rows first. chunk_size: tokens per
-    chunk; by default as many as keep each of three buffers [chunk, V] near 16 MiB on a CPU and
-    256 MiB on a GPU, but at least 64.
+    chunk, of which there are three buffers [chunk, V]; by default `default_chunk_size`.
     """
     if chunk_size is None:
-        budget = 1 << (22 if hidden_TD.device.type == "cpu" else 26)
-        chunk_size = max(64, budget // weight_VD.shape[0])
+        chunk_size = default_chunk_size(hidden_TD.device, weight_VD.shape[0])
     return CrossEntropy(*_LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, softcap, z_loss, chunk_size))
+
+
+class LossGradients:
+    """Gradients of hidden states and head, which the forward of a chunked loss makes as it goes."""
+
+    def __init__(self, ctx: Any, hidden_TD: Tensor, weight_VD: Tensor) -> None:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        self.weight_VD = weight_VD
+        self.of_hidden = torch.empty_like(hidden_TD) if wants_hidden else None
+        self.of_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        self.wanted = wants_hidden or wants_weight
+
+    def add(self, start: int, hidden: Tensor, capped: Tensor, grad_fp32: Tensor) -> None:
+        """A chunk's, from those of its scores; `capped` is in units of the cap. Overwrites both buffers."""
+        grad = grad_fp32.mul_(capped.square_().neg_().add_(1)).to(self.weight_VD.dtype)
+        if self.of_hidden is not None:
+            torch.mm(grad, self.weight_VD, out=self.of_hidden[start : start + hidden.shape[0]])
+        if self.of_weight is not None and grad.dtype == torch.float32:
+            self.of_weight.addmm_(grad.T, hidden)
+        elif self.of_weight is not None:
+            self.of_weight += grad.T @ hidden
+
+    def save(self, ctx: Any) -> None:
+        ctx.weight_dtype = self.weight_VD.dtype
+        ctx.save_for_backward(self.of_hidden, self.of_weight)
+
+    @staticmethod
+    def scaled(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Those saved, times the gradient of the loss."""
+        of_hidden, of_weight = ctx.saved_tensors
+        # In place, since a copy would be as large as the head; autograd itself refuses a second backward.
+        if of_hidden is not None:
+            of_hidden.mul_(grad_total)
+        if of_weight is not None:
+            of_weight = of_weight.mul_(grad_total).to(ctx.weight_dtype)
+        return of_hidden, of_weight
+
+
+def capped_scores_(out: Tensor, hidden: Tensor, weight_VD: Tensor, softcap: float) -> None:
+    """Fill a float32 buffer with a chunk's soft-capped scores, in units of the cap."""
+    if hidden.dtype == torch.float32:
+        torch.mm(hidden, weight_VD.T, out=out)
+    else:
+        out.copy_(hidden @ weight_VD.T)
+    out.div_(softcap).tanh_()
+
+
+def default_chunk_size(device: torch.device, vocabulary: int) -> int:
+    """As many tokens as keep a buffer [chunk, vocabulary] near 16 MiB on a CPU and 256 MiB on a GPU; at least 64."""
+    return max(64, (1 << (22 if device.type == "cpu" else 26)) // vocabulary)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -74,9 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         z_loss: float,
         chunk_size: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden_TD) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        gradients = LossGradients(ctx, hidden_TD, weight_VD)
         nll = hidden_TD.new_zeros((), dtype=torch.float32)
         z = nll.clone()
         # Three buffers serve every chunk: fresh ones of this size would cost more than the arithmetic.
@@ -84,41 +130,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_TD.shape[0], chunk_size):
             hidden, labels = hidden_TD[start : start + chunk_size], labels_T[start : start + chunk_size, None]
             capped, scores, log_p = buffers[:, : hidden.shape[0]].unbind()
-            if hidden.dtype == torch.float32:
-                torch.mm(hidden, weight_VD.T, out=capped)
-            else:
-                capped.copy_(hidden @ weight_VD.T)
-            capped.div_(softcap).tanh_()  # in units of the cap
+            capped_scores_(capped, hidden, weight_VD, softcap)
             torch.mul(capped, softcap, out=scores)
             torch.log_softmax(scores, dim=-1, out=log_p)
             log_p_label = log_p.gather(1, labels)
             log_z = scores.gather(1, labels) - log_p_label
             nll -= log_p_label.sum()
             z += log_z.square().sum()
-            if not (wants_hidden or wants_weight):
-                continue
-            grad_fp32 = log_p.exp_()
-            if z_loss:
-                grad_fp32.mul_(1 + 2 * z_loss * log_z)
-            grad_fp32.scatter_add_(1, labels, torch.full_like(log_z, -1.0))
-            grad = grad_fp32.mul_(capped.square_().neg_().add_(1)).to(weight_VD.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, weight_VD, out=grad_hidden[start : start + chunk_size])
-            if grad_weight is not None and grad.dtype == torch.float32:
-                grad_weight.addmm_(grad.T, hidden)
-            elif grad_weight is not None:
-                grad_weight += grad.T @ hidden
-        ctx.weight_dtype = weight_VD.dtype
-        ctx.save_for_backward(grad_hidden, grad_weight)
+            if gradients.wanted:
+                grad_fp32 = log_p.exp_()
+                if z_loss:
+                    grad_fp32.mul_(1 + 2 * z_loss * log_z)
+                grad_fp32.scatter_add_(1, labels, torch.full_like(log_z, -1.0))
+                gradients.add(start, hidden, capped, grad_fp32)
+        gradients.save(ctx)
         ctx.mark_non_differentiable(nll, z)
         return nll + z_loss * z, nll, z
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        # In place, since a copy would be as large as the head; autograd itself refuses a second backward.
-        if grad_hidden is not None:
-            grad_hidden.mul_(grad_total)
-        if grad_weight is not None:
-            grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return *LossGradients.scaled(ctx, grad_total), None, None, None, None

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from model.config import ConfigError
-from model.head import CrossEntropy, Head, softcapped_logits
+from model.head import (
+    CrossEntropy,
+    Head,
+    LossGradients,
+    capped_scores_,
+    default_chunk_size,
+    softcapped_logits,
+)
 from parallel.collectives import gather_tokens, summed
 from parallel.sharded import local_part, sharded_parameter
 from parallel.token_split import TensorParallel
@@ -85,8 +92,7 @@ class VocabParallelHead(Head):
         assert isinstance(weight_VD, DTensor)
         most = _rows_per_rank(weight_VD.shape[0], self.plan)
         if chunk_size is None:  # the same on every rank, as ranks meet once a chunk
-            budget = 1 << (22 if hidden_TD.device.type == "cpu" else 26)
-            chunk_size = max(64, budget // most)
+            chunk_size = default_chunk_size(hidden_TD.device, most)
         options = (self.plan.rank * most, self.softcap, z_loss, chunk_size, self.plan.group)
         return CrossEntropy(*_VocabParallelCrossEntropy.apply(hidden_TD, local_part(weight_VD), labels_T, *options))
 
@@ -111,9 +117,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         chunk_size: int,
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden_TD) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        gradients = LossGradients(ctx, hidden_TD, weight_VD)
         nll = hidden_TD.new_zeros((), dtype=torch.float32)
         z = nll.clone()
         # As in `model.head`, the same buffers serve every chunk.
@@ -123,11 +127,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             mine = ((local >= 0) & (local < weight_VD.shape[0])).nonzero()[:, 0]
             local = local[mine]
             capped, exponentials = buffers[:, : hidden.shape[0]].unbind()
-            if hidden.dtype == torch.float32:
-                torch.mm(hidden, weight_VD.T, out=capped)
-            else:
-                capped.copy_(hidden @ weight_VD.T)
-            capped.div_(softcap).tanh_()  # in units of the cap
+            capped_scores_(capped, hidden, weight_VD, softcap)
             torch.mul(capped, softcap, out=exponentials).exp_()
             parts = hidden.new_zeros((2, hidden.shape[0]), dtype=torch.float32)
             parts[0] = exponentials.sum(dim=1)
@@ -136,27 +136,14 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             log_z = sums.log()
             nll += (log_z - scores).sum()
             z += log_z.square().sum()
-            if not (wants_hidden or wants_weight):
-                continue
-            grad_fp32 = exponentials.mul_(((1 + 2 * z_loss * log_z) / sums)[:, None])
-            grad_fp32[mine, local] -= 1.0
-            grad = grad_fp32.mul_(capped.square_().neg_().add_(1)).to(weight_VD.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, weight_VD, out=grad_hidden[start : start + chunk_size])
-            if grad_weight is not None and grad.dtype == torch.float32:
-                grad_weight.addmm_(grad.T, hidden)
-            elif grad_weight is not None:
-                grad_weight += grad.T @ hidden
-        ctx.weight_dtype = weight_VD.dtype
-        ctx.save_for_backward(grad_hidden, grad_weight)
+            if gradients.wanted:
+                grad_fp32 = exponentials.mul_(((1 + 2 * z_loss * log_z) / sums)[:, None])
+                grad_fp32[mine, local] -= 1.0
+                gradients.add(start, hidden, capped, grad_fp32)
+        gradients.save(ctx)
         ctx.mark_non_differentiable(nll, z)
         return nll + z_loss * z, nll, z
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden.mul_(grad_total)
-        if grad_weight is not None:
-            grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return *LossGradients.scaled(ctx, grad_total), None, None, None, None, None, None
