@@ -26,26 +26,11 @@ from model import Gemma4
 from model.errors import ConfigError
 from model.moe import Experts, Router
 from parallel.expert import ParallelExperts
-from parallel.tensor import SplitLinear
-
-Product = Callable[[Tensor, Tensor], Tensor]
-"""Of x [T, K] and a weight [N, K], as `F.linear`."""
+from parallel.linear import Product, with_product
 
 GRADIENT_DTYPES = {"tensorwise": torch.float8_e5m2, "rowwise": torch.float8_e4m3fn}
 _MULTIPLE = 16
 """`torch._scaled_mm` wants both sizes of a weight, and the number of tokens in its gradient, to be multiples of it."""
-
-
-class Float8Linear(nn.Linear):
-    """In place of a whole linear layer; holds the same parameter under the same name."""
-
-    def __init__(self, linear: nn.Linear, product: Product) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, None  # type: ignore[assignment]
-        self.weight, self.product = linear.weight, product
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.product(x_TD, self.weight)
 
 
 def apply_float8(model: Gemma4, recipe: str) -> str:
@@ -58,27 +43,24 @@ def apply_float8(model: Gemma4, recipe: str) -> str:
         return recipe
     native = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
     product = float8_product(recipe, emulate=not native)
-    for path, parent, name, linear in list(_linears(model)):
-        weight = linear.local_weight() if isinstance(linear, SplitLinear) else linear.weight
-        _check_sizes(path, weight, recipe)
-        if isinstance(linear, SplitLinear):
-            linear.product = product
-        else:
-            setattr(parent, name, Float8Linear(linear, product))
+    for path, parent, name in list(_linears(model)):
+        linear = with_product(parent, name)
+        _check_sizes(path, linear.local_weight(), recipe)
+        linear.product = product
     experts = [module for module in model.modules() if isinstance(module, Experts | ParallelExperts)]
     for module in experts:
         module.grouped_mm = float8_grouped_mm(recipe)
     return f"{recipe}, {'scaled_mm' if native else 'emulated'}" + (", experts emulated" if experts else "")
 
 
-def _linears(model: Gemma4) -> Iterator[tuple[str, nn.Module, str, nn.Linear]]:
-    """The decoder's linear layers: path, parent, name in it, and the layer itself."""
+def _linears(model: Gemma4) -> Iterator[tuple[str, nn.Module, str]]:
+    """The decoder's linear layers: path, parent, and name in it."""
     for path, parent in model.language_model.layers.named_modules(prefix="language_model.layers"):
         if isinstance(parent, Router):
             continue
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):
-                yield f"{path}.{name}", parent, name, child
+                yield f"{path}.{name}", parent, name
 
 
 def _check_sizes(path: str, weight_NK: Tensor, recipe: str) -> None:

@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
@@ -28,27 +27,10 @@ from torch.distributed.tensor import Shard
 from model import Gemma4
 from model.config import LayerConfig
 from model.decoder import DecoderLayer
-from parallel.sharded import local_part, sharded_parameter
+from parallel.linear import ParallelLinear
+from parallel.sharded import sharded_parameter
 from parallel.token_split import SplitStream, TensorParallel
 from parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
-
-
-class SplitLinear(nn.Linear):
-    """A linear layer of which this rank computes a part: its shard of the weight, or some rows of a whole one."""
-
-    product: Callable[[Tensor, Tensor], Tensor]
-
-    def __init__(self, linear: nn.Linear, weight: nn.Parameter, rows: slice | None = None) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, None  # type: ignore[assignment]
-        self.weight, self.rows, self.product = weight, rows, F.linear
-
-    def local_weight(self) -> Tensor:
-        weight = local_part(self.weight)
-        return weight if self.rows is None else weight[self.rows]
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.product(x_TD, self.local_weight())
 
 
 def apply_tensor_parallel(model: Gemma4, mesh: DeviceMesh, sequence_parallel: bool) -> TensorParallel:
@@ -81,17 +63,17 @@ def _split_layer(layer: DecoderLayer, plan: TensorParallel) -> None:
         linear.register_forward_hook(_then(plan.reduced))
 
 
-def _split(linear: nn.Linear, plan: TensorParallel, dim: int) -> SplitLinear:
-    return SplitLinear(linear, sharded_parameter(linear.weight, plan.mesh, (Shard(dim),)))
+def _split(linear: nn.Linear, plan: TensorParallel, dim: int) -> ParallelLinear:
+    return ParallelLinear(linear, sharded_parameter(linear.weight, plan.mesh, (Shard(dim),)))
 
 
-def _split_heads(linear: nn.Linear, plan: TensorParallel, layer: LayerConfig) -> SplitLinear:
+def _split_heads(linear: nn.Linear, plan: TensorParallel, layer: LayerConfig) -> ParallelLinear:
     """By KV head; with fewer heads than ranks the weight stays whole and a rank computes the head its queries read."""
     heads = layer.num_kv_heads
     if heads % plan.size == 0:
         return _split(linear, plan, 0)
     head = plan.rank * heads // plan.size
-    return SplitLinear(
+    return ParallelLinear(
         linear, cast(nn.Parameter, linear.weight), slice(head * layer.head_dim, (head + 1) * layer.head_dim)
     )
 

@@ -8,14 +8,14 @@ the decoder layers are deferred so; experts, norms and the head make theirs at o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.linear import with_product
 from parallel.stage import Gemma4Stage
-from parallel.tensor import SplitLinear
 
 
 class WeightGradients:
@@ -63,9 +63,8 @@ def defer_weight_gradients(stage: Gemma4Stage) -> WeightGradients:
     for layer in stage.language_model.layers:
         for module in list(layer.modules()):
             for name, linear in list(module.named_children()):
-                if type(linear) is nn.Linear:
-                    linear = SplitLinear(linear, cast(nn.Parameter, linear.weight))
-                    setattr(module, name, linear)
-                if isinstance(linear, SplitLinear) and linear.product is F.linear:
-                    linear.product = later.product
+                if isinstance(linear, nn.Linear):
+                    changed = with_product(module, name)
+                    if changed.product is F.linear:
+                        changed.product = later.product
     return later

@@ -24,8 +24,9 @@ from model.init import Slice, random_fill, whole_slices
 from model.moe import Experts
 from parallel.activation_checkpoint import apply_activation_checkpoint
 from parallel.apply import Options, build_parallel_model
-from parallel.float8 import Float8Linear, apply_float8, float8_grouped_mm, float8_product, rounded
+from parallel.float8 import apply_float8, float8_grouped_mm, float8_product, rounded
 from parallel.layout import Layout
+from parallel.linear import ParallelLinear
 from parallel.mesh import World, build_mesh
 from tests.distributed import run_ranks
 from tests.meshes import CPU, VARIANTS, whole_gradients
@@ -168,7 +169,7 @@ def test_only_linear_layers_and_experts_of_the_decoder_are_touched() -> None:
             for name, m in model.named_modules()
             if name.startswith("language_model.layers.") and name.rpartition(".")[2] in kinds
         }
-        assert all(isinstance(model.get_submodule(name), Float8Linear) for name in names)
+        assert all(isinstance(model.get_submodule(name), ParallelLinear) for name in names)
         assert any(name.endswith("router.proj") for name in types) == (variant == "26b_a4b")
 
 
