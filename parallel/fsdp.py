@@ -15,8 +15,6 @@ rank has some (`Media.on_all_ranks`).
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -30,7 +28,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import DTensor, Shard
 
-from model import ConfigError, Gemma4
+from model import Gemma4
 from parallel.mesh import Mesh
 
 TOWERS = ("vision_tower", "audio_tower")
@@ -61,7 +59,7 @@ def shard(
         if not isinstance(parameter, DTensor):
             return ShardPlacementResult(None, whole)
         info = split if parameter.device_mesh.mesh_dim_names == ("tp",) else experts
-        return ShardPlacementResult(Shard(_even_axis(parameter, info.shard_mesh_size)), info)
+        return ShardPlacementResult(Shard(even_axis(parameter, info.shard_mesh_size)), info)
 
     def unit(module: nn.Module, reshard: bool) -> None:
         fully_shard(
@@ -89,22 +87,17 @@ def shard(
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _even_axis(parameter: DTensor, shards: int) -> int:
+def even_axis(parameter: DTensor, shards: int) -> int:
     """The axis that FSDP shards of a parameter which another plan splits.
 
-    Along the axis that plan splits, shards must be even: torch places uneven ones wrongly.
+    Along the axis that plan splits, shards must be even: torch places uneven ones wrongly. A
+    legal layout (`parallel.layout.problem`) has one that is.
     """
     (placement,) = parameter.placements
     taken, parts = placement.dim, parameter.device_mesh.size()  # type: ignore[attr-defined]
-    if taken != 0 or parameter.shape[0] % (parts * shards) == 0:
-        return 0
-    if parameter.shape[1] % shards == 0:
-        return 1
-    raise ConfigError(
-        f"a weight of shape {list(parameter.shape)}, split {parts} ways by {parameter.device_mesh.mesh_dim_names[0]}, "  # type: ignore[index]
-        f"does not divide further among {shards} ranks; nearest legal: parallel.dp_shard x cp of "
-        f"{math.gcd(parameter.shape[1], shards)}, with parallel.dp_replicate for the rest."
-    )
+    axis = 0 if taken != 0 or parameter.shape[0] % (parts * shards) == 0 else 1
+    assert axis == 0 or parameter.shape[1] % shards == 0, f"{list(parameter.shape)} over {parts} x {shards} ranks"
+    return axis
 
 
 def _info(mesh: DeviceMesh) -> FSDPMeshInfo:

@@ -114,6 +114,9 @@ def problem(layout: Layout, config: Gemma4Config, sequence_length: int) -> str |
         )
     if layout.pp > config.num_hidden_layers:
         return f"parallel.pp={layout.pp} exceeds num_hidden_layers={config.num_hidden_layers}"
+    uneven = _uneven_split(layout, config)
+    if uneven is not None:
+        return uneven
     if layout.ep == 1:
         return None
     if not config.enable_moe_block or config.num_experts is None:
@@ -122,6 +125,42 @@ def problem(layout: Layout, config: Gemma4Config, sequence_length: int) -> str |
         return f"parallel.ep={layout.ep} does not divide num_experts={config.num_experts}"
     if layout.sharding % layout.ep:
         return f"parallel.ep={layout.ep} does not divide dp_shard x cp x tp={layout.sharding}"
+    return _uneven_experts(layout, config)
+
+
+def _uneven_split(layout: Layout, config: Gemma4Config) -> str | None:
+    """Weights that tp splits by rows must shard evenly further, by rows or columns (`parallel.fsdp.even_axis`)."""
+    tp, shards, D = layout.tp, layout.dp_shard * layout.cp, config.hidden_size
+    if tp == 1 or D % shards == 0:
+        return None
+    layers = [config.layer(index) for index in range(config.num_hidden_layers)]
+    rows = {config.vocab_size, *(layer.intermediate_size for layer in layers)}
+    rows |= {config.num_attention_heads * layer.head_dim for layer in layers}
+    rows |= {layer.num_kv_heads * layer.head_dim for layer in layers if layer.num_kv_heads % tp == 0}
+    odd = [count for count in sorted(rows) if count % (tp * shards)]
+    if not odd:
+        return None
+    return (
+        f"a weight of {odd[0]} rows, split by parallel.tp={tp}, does not divide further among dp_shard x cp={shards} "
+        f"ranks, and neither does hidden_size={D}"
+    )
+
+
+def _uneven_experts(layout: Layout, config: Gemma4Config) -> str | None:
+    """The same for experts, which ep splits."""
+    assert config.num_experts and config.moe_intermediate_size
+    shards = layout.sharding // layout.ep
+    if config.num_experts % (layout.ep * shards) == 0:
+        return None
+    for name, size in (
+        ("hidden_size", config.hidden_size),
+        ("2 x moe_intermediate_size", 2 * config.moe_intermediate_size),
+    ):
+        if size % shards:
+            return (
+                f"experts split by parallel.ep={layout.ep} do not divide further among {shards} ranks, and neither "
+                f"does {name}={size}"
+            )
     return None
 
 

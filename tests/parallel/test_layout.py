@@ -37,10 +37,12 @@ ILLEGAL: list[tuple[int, str, int, dict[str, Any], str, str]] = [
     (8, "31b", 4100, {"tp": 4, "cp": 2}, "does not divide the 2050 positions", "sequence_parallel=false"),
     (64, "12b", 4096, {"pp": 64}, "parallel.pp=64 exceeds num_hidden_layers=48", "pp=32"),
     (4, "31b", 4096, {"ep": 4}, "parallel.ep=4, but this model has no experts", "ep=1"),
-    (6, "26b_a4b", 4096, {"ep": 3}, "parallel.ep=3 does not divide num_experts=128", "ep=2"),
+    (6, "26b_a4b", 4096, {"ep": 3}, "parallel.ep=3 does not divide num_experts=128", "ep=1"),
     (4, "26b_a4b", 4096, {"ep": 8}, "parallel.ep=8 does not divide dp_shard x cp x tp=4", "ep=4"),
     (8, "26b_a4b", 4096, {"ep": 8, "dp_replicate": 2}, "does not divide dp_shard x cp x tp=4", "dp_replicate=1"),
     (256, "26b_a4b", 4096, {"ep": 256}, "parallel.ep=256 does not divide num_experts=128", "ep=128"),
+    (10, "31b", 4100, {"tp": 2, "dp_shard": 5}, "does not divide further among dp_shard x cp=5", "dp_"),
+    (20, "26b_a4b", 4096, {"ep": 4}, "do not divide further among 5 ranks", "ep="),
     (12, "26b_a4b", 4096, {"tp": 4, "cp": 2}, "does not divide the 12 ranks", "tp=4"),
 ]
 
