@@ -27,7 +27,7 @@ from parallel.sharded import local_part
 from parallel.token_split import TensorParallel
 from parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 from train.engine import Engine
-from train.objective import build_objective
+from train.objective import CrossEntropy
 
 CPU = torch.device("cpu")
 RANKS = 4
@@ -40,7 +40,7 @@ def context(size: int) -> Callable[[], object]:
     config = Gemma4Config.from_name("tiny_31b", vision=None, vocab_size=512, max_position_embeddings=LENGTH)
     mesh = build_mesh(CPU, Layout(cp=size))
     parallel = build_parallel_model(config, mesh, CPU, random_fill(0, 0.02, 0), Options(activation_checkpoint="full"))
-    engine = Engine(parallel, build_objective(0.0), CPU)
+    engine = Engine(parallel, CrossEntropy(), CPU)
     tokens = torch.randint(3, 500, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     batch = Batch(tokens, tokens, torch.arange(LENGTH)[None], torch.zeros_like(tokens))
     return lambda: engine.forward_backward([batch], LENGTH, [(False, False)])

@@ -25,7 +25,7 @@ from model.attention import KeyValue
 from model.config import LayerType
 from model.decoder import DecoderLayer, decode
 from model.head import Head
-from model.masks import AttentionMask, layer_masks
+from model.masks import AttentionMask
 from model.media import Media, token_types
 
 if TYPE_CHECKING:
@@ -40,10 +40,9 @@ class MicroBatch(NamedTuple):
 
     tokens_BS: Tensor
     positions_BS: Tensor
-    document_ids_BS: Tensor
     supervised_BS: Tensor
     media: Media | None
-    masks: dict[LayerType, AttentionMask] | None
+    masks: dict[LayerType, AttentionMask]
 
 
 class Computed:
@@ -87,11 +86,11 @@ class Gemma4Stage(Gemma4):
     def forward(self, *received: Tensor, number: Tensor) -> tuple[Tensor, ...] | Tensor:  # type: ignore[override]
         """What crosses the next border, or, from the last stage, the loss [1] of micro-batch `number`."""
         config, batch = self.config, self.micro_batches[int(number)]
-        types_BS = token_types(config, batch.tokens_BS)
-        masks = batch.masks or layer_masks(config, types_BS, batch.document_ids_BS)
+        masks = batch.masks
         shared: dict[LayerType, KeyValue] = {}
         per_layer: dict[int, Tensor] = {}
         if self.is_first:
+            types_BS = token_types(config, batch.tokens_BS)
             x_TD, inputs = self.embed(batch.tokens_BS, types_BS, batch.media, None, config.num_hidden_layers)
             per_layer = dict(enumerate(inputs or ()))
         else:

@@ -25,7 +25,7 @@ from parallel.mesh import World, build_mesh, micro_batch_size
 from tests.distributed import run_ranks
 from train.config import OptimizerConfig
 from train.engine import Engine
-from train.objective import build_objective
+from train.objective import CrossEntropy
 from train.optimizer import build_optimizer
 
 CPU = torch.device("cpu")
@@ -182,7 +182,7 @@ def reference(case: Case) -> Run:
     model = Gemma4(case.config)
     initial_values(case.seed)(whole_slices(model))
     optimizer = build_optimizer(model, OptimizerConfig(lr=LEARNING_RATE))
-    objective, run = build_objective(0.0), Run()
+    objective, run = CrossEntropy(), Run()
     for step in range(case.steps):
         batch = rows(case, step)
         loss = objective(model, batch)
@@ -204,7 +204,7 @@ def train(case: Case, world: World, expected: Run) -> Errors:
         case.config, mesh, CPU, initial_values(case.seed), Options(sequence_length=case.length, **dict(case.options))
     )
     optimizer = build_optimizer(parallel.model, OptimizerConfig(lr=LEARNING_RATE))
-    engine = Engine(parallel, build_objective(0.0), CPU, case.gradient_sync)
+    engine = Engine(parallel, CrossEntropy(), CPU, case.gradient_sync)
     loss_error = norm_error = 0.0
     gradient_error, worst = 0.0, ""
     for step in range(case.steps):

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from data.batch import Batch
 from model import Gemma4
+from model.config import LayerType
+from model.masks import AttentionMask, layer_masks
 from model.media import Media, token_types
 from parallel.apply import ParallelModel
 from parallel.context import ContextParallel
@@ -80,10 +82,7 @@ class Engine:
             self._add(sums, found)
             return found.total / max(supervised, 1)
 
-        given = [
-            MicroBatch(b.tokens_BS, b.positions_BS, b.document_ids_BS, b.supervised_BS, b.media, b.masks)
-            for b in batches
-        ]
+        given = [MicroBatch(b.tokens_BS, b.positions_BS, b.supervised_BS, b.media, self._masks(b)) for b in batches]
         pipeline.step(given, loss, self.device)
         if not sums:  # stages before the last see no loss
             sums |= {name: torch.zeros((), device=self.device) for name in self.objective.sums}
@@ -101,6 +100,11 @@ class Engine:
         if self.parallel.context is not None:
             batch = cut(batch, self.parallel.context)
         return batch.to(self.device)
+
+    def _masks(self, batch: Batch) -> dict[LayerType, AttentionMask]:
+        """Once for all stages of this rank."""
+        config = self.parallel.config
+        return batch.masks or layer_masks(config, token_types(config, batch.tokens_BS), batch.document_ids_BS)
 
     def _add(self, sums: dict[str, Tensor], loss: Loss) -> None:
         for name, value in {"loss": loss.nll, "count": loss.count, **loss.metrics}.items():

@@ -57,7 +57,3 @@ class CrossEntropy:
 
     def __call__(self, model: Gemma4, batch: Batch) -> Loss:
         return cross_entropy(model, batch, self.z_loss)
-
-
-def build_objective(z_loss: float) -> Objective:
-    return CrossEntropy(z_loss)

@@ -32,7 +32,7 @@ from train.export import Origin, export
 from train.faults import StopRequest
 from train.flops import batch_work, media_flops, peak_flops, training_flops
 from train.metrics import Meter, step_line
-from train.objective import build_objective
+from train.objective import CrossEntropy
 from train.optimizer import build_optimizer, set_learning_rate
 from train.plots import write_loss_curve
 from train.resume import Progress, find_checkpoint, progress_from
@@ -97,7 +97,7 @@ class Trainer:
         )
         self.model = self.parallel.model
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.engine = Engine(self.parallel, build_objective(config.train.z_loss), device, config.parallel.gradient_sync)
+        self.engine = Engine(self.parallel, CrossEntropy(config.train.z_loss), device, config.parallel.gradient_sync)
         self.dataset = build_dataset(config, self.model_config, self.corpus)
         if checkpoint is not None:
             newly_trained = set(read_state(checkpoint).get("frozen", ())) - set(self.frozen)
@@ -291,6 +291,8 @@ class Trainer:
             log.info("stopped as asked at step %d; the same command goes on from there", step)
 
     def _describe(self, checkpoint: Path | None) -> None:
+        if not log.isEnabledFor(logging.INFO):  # rank 0 speaks
+            return
         config, model = self.config, self.model_config
         sliding = sum(kind == "sliding_attention" for kind in model.layer_types)
         kernel = kernel_for(self.device.type).__name__

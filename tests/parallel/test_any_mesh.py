@@ -18,7 +18,7 @@ from tests.report import report
 from train.checkpoint import Checkpointer
 from train.config import OptimizerConfig
 from train.engine import Engine
-from train.objective import build_objective
+from train.objective import CrossEntropy
 from train.optimizer import build_optimizer
 
 MESHES = {
@@ -48,7 +48,7 @@ class Running:
         options = Options(sequence_length=self.case.length)
         self.parallel = build_parallel_model(self.case.config, mesh, CPU, initial_values(seed), options)
         self.optimizer = build_optimizer(self.parallel.model, OptimizerConfig(lr=LEARNING_RATE))
-        self.engine = Engine(self.parallel, build_objective(0.0), CPU)
+        self.engine = Engine(self.parallel, CrossEntropy(), CPU)
 
     def step(self, number: int) -> float:
         batch = rows(self.case, number)

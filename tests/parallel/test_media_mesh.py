@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from data.batch import Batch
 from model import Gemma4, Gemma4Config
@@ -18,12 +17,12 @@ from parallel.fsdp import require_gradient_sync
 from parallel.layout import Layout
 from parallel.mesh import World, build_mesh
 from tests.distributed import run_ranks
-from tests.meshes import Case, gradient_errors, rows, share_of
+from tests.meshes import Case, gradient_errors, rows, share_of, whole_gradients
 from tests.model.multimodal import make_example
 from tests.model.reference import relative_error
 from tests.report import report
 from train.engine import Engine
-from train.objective import build_objective, cross_entropy
+from train.objective import CrossEntropy, cross_entropy
 
 CPU = torch.device("cpu")
 VARIANTS = ("gemma4_tiny_e2b", "gemma4_tiny_e4b", "gemma4_tiny_12b", "gemma4_tiny_26b_a4b", "gemma4_tiny_31b")
@@ -69,14 +68,6 @@ def backward(model: Gemma4, batch: Batch, others: list[Batch]) -> Tensor:
     return loss.nll
 
 
-def gradients(model: Gemma4) -> dict[str, Tensor]:
-    return {
-        name.replace("_checkpoint_wrapped_module.", ""): p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-        for name, p in model.named_parameters()
-        if p.grad is not None
-    }
-
-
 @pytest.mark.parametrize(
     ("name", "ranks", "frozen", "options"),
     [
@@ -110,7 +101,7 @@ def test_media_on_some_ranks_give_the_gradients_of_one_process(
             mine = data[step * world.size : (step + 1) * world.size]
             total += backward(model, mine[world.rank], mine).detach()
         torch.distributed.all_reduce(total)
-        return float(total), gradients(model)
+        return float(total), whole_gradients(model)
 
     (alone, expected), *_ = run_ranks(1, run)
     for found_loss, found in run_ranks(ranks, run):
@@ -144,7 +135,7 @@ def test_a_batch_of_text_touches_no_encoder() -> None:
         mesh = build_mesh(CPU, Layout(dp_shard=world.size))
         model = build_parallel_model(config, mesh, CPU, random_fill(3, 0.2, 0)).model
         backward(model, data[world.rank], data)
-        return {name.partition(".")[0] for name in gradients(model)}
+        return {name.partition(".")[0] for name in whole_gradients(model)}
 
     assert run_ranks(2, run) == [{"language_model"}] * 2
 
@@ -175,12 +166,12 @@ def test_media_on_any_mesh_give_the_gradients_of_one_process(
             tuple(any(found) for found in zip(*map(present, data[step : step + layout.dp]), strict=True))
             for step in range(0, len(data), layout.dp)
         ]
-        Engine(parallel, build_objective(0.0), CPU).forward_backward(mine, supervised, flags)  # type: ignore[arg-type]
+        Engine(parallel, CrossEntropy(), CPU).forward_backward(mine, supervised, flags)  # type: ignore[arg-type]
         return gradient_errors(parallel.model, expected)
 
     plain = Gemma4(config)
     random_fill(3, 0.1, 0)(whole_slices(plain))
-    objective = build_objective(0.0)
+    objective = CrossEntropy()
     for batch in data:
         (objective(plain, batch).total / supervised).backward()
     expected = {key: p.grad for key, p in plain.named_parameters() if p.grad is not None}
@@ -197,7 +188,7 @@ def test_a_pipeline_whose_towers_see_nothing_goes_on() -> None:
     def on_rank(world: World) -> float:
         mesh = build_mesh(CPU, case.layout)
         parallel = build_parallel_model(case.config, mesh, CPU, random_fill(0, 0.1, 0), Options(sequence_length=32))
-        engine, total = Engine(parallel, build_objective(0.0), CPU), 0.0
+        engine, total = Engine(parallel, CrossEntropy(), CPU), 0.0
         for step in range(2):
             micro_batches = share_of(rows(case, step), case, case.layout, world.rank)
             engine.forward_backward(micro_batches, 100, [(False, False)] * len(micro_batches))

@@ -13,6 +13,8 @@ from torch import Tensor
 from data.batch import Batch
 from model import Gemma4
 from model.init import random_fill, whole_slices
+from model.masks import layer_masks
+from model.media import token_types
 from parallel.apply import Options, ParallelModel, build_parallel_model
 from parallel.collectives import swap
 from parallel.cut import SCHEDULES
@@ -39,7 +41,7 @@ from tests.parallel.test_media_mesh import ROWS, batches, config_of, present
 from tests.report import report
 from train.config import OptimizerConfig
 from train.engine import Engine
-from train.objective import build_objective, cross_entropy
+from train.objective import CrossEntropy, cross_entropy
 from train.optimizer import build_optimizer
 
 TABLE = "language_model.embed_tokens.weight"
@@ -55,7 +57,9 @@ def slow_imports() -> None:
 
 def through(stages: list[Gemma4Stage], batch: Batch) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
     """The loss of a batch that goes through all stages in this process, and what crossed each border."""
-    given = MicroBatch(batch.tokens_BS, batch.positions_BS, batch.document_ids_BS, batch.supervised_BS, None, None)
+    config = stages[0].config
+    masks = layer_masks(config, token_types(config, batch.tokens_BS), batch.document_ids_BS)
+    given = MicroBatch(batch.tokens_BS, batch.positions_BS, batch.supervised_BS, None, masks)
     out: Any = (torch.zeros(1),)
     crossed = []
     for stage in stages:
@@ -200,7 +204,7 @@ def test_no_schedule_changes_what_bfloat16_gives(micro_batches: int, slow_import
 
 def step(parallel: ParallelModel, case: Case, world: World, number: int = 0) -> Engine:
     """Forward and backward of the case's sequences."""
-    batch, engine = rows(case, number), Engine(parallel, build_objective(0.0), CPU)
+    batch, engine = rows(case, number), Engine(parallel, CrossEntropy(), CPU)
     micro_batches = share_of(batch, case, case.layout, world.rank)
     engine.forward_backward(micro_batches, int(batch.supervised_BS.sum()), [(False, False)] * len(micro_batches))
     return engine
@@ -246,7 +250,7 @@ def test_media_of_some_micro_batches_enter_at_the_first_stage(
     def run(world: World) -> tuple[dict[str, float], set[str]]:
         mesh, fill = build_mesh(CPU, PP2), random_fill(3, 0.1, 0)
         parallel = build_parallel_model(config, mesh, CPU, fill, Options(sequence_length=48, **options))
-        Engine(parallel, build_objective(0.0), CPU).forward_backward(data, supervised, [present(b) for b in data])
+        Engine(parallel, CrossEntropy(), CPU).forward_backward(data, supervised, [present(b) for b in data])
         return gradient_errors(parallel.model, expected), {key for key, _ in parallel.model.named_parameters()}
 
     plain = Gemma4(config)

@@ -18,7 +18,7 @@ from tests.meshes import CPU, Case, initial_values, rows
 from tests.report import report
 from tests.wire import WireCounter
 from train.engine import Engine
-from train.objective import build_objective
+from train.objective import CrossEntropy
 
 FLOAT = 4
 
@@ -29,7 +29,7 @@ def step(case: Case, world: World) -> tuple[dict[tuple[str, str], int], Parallel
     batch = rows(case, 0)
     batch = Batch(batch.tokens_BS, batch.tokens_BS, batch.positions_BS, batch.document_ids_BS)
     with WireCounter() as counter:
-        Engine(parallel, build_objective(0.0), CPU).forward_backward([batch], batch.tokens_BS.numel(), [(False, False)])
+        Engine(parallel, CrossEntropy(), CPU).forward_backward([batch], batch.tokens_BS.numel(), [(False, False)])
     return dict(counter.sent), parallel, batch
 
 
@@ -81,7 +81,7 @@ def test_rows_of_the_per_layer_table_cross_not_the_table() -> None:
         parallel = build_parallel_model(case.config, build_mesh(CPU, case.layout), CPU, initial_values(0))
         batch = rows(case, world.rank)
         with WireCounter() as counter:
-            engine = Engine(parallel, build_objective(0.0), CPU)
+            engine = Engine(parallel, CrossEntropy(), CPU)
             engine.forward_backward([batch], batch.tokens_BS.numel(), [(False, False)])
         return of_kind(counter.sent, "alltoall"), batch.tokens_BS.unique().numel()
 
@@ -142,7 +142,7 @@ def test_sliding_layers_send_a_window_and_full_ones_the_sequence() -> None:
         tokens = torch.randint(3, 100, (1, case.length), generator=torch.Generator().manual_seed(0))
         batch = Batch(tokens, tokens, torch.arange(case.length)[None], torch.zeros_like(tokens))
         with WireCounter() as counter:
-            Engine(parallel, build_objective(0.0), CPU).forward_backward([batch], case.length, [(False, False)])
+            Engine(parallel, CrossEntropy(), CPU).forward_backward([batch], case.length, [(False, False)])
         return dict(counter.sent)
 
     found = run_ranks(4, on_rank)
