@@ -5,7 +5,7 @@
 | each decoder layer                                     | gathered for its own forward and backward        |
 | (per-layer embedding table: none)                      | its rows are exchanged, see embedding_shards.py  |
 | each layer of the image and audio towers               | as a decoder layer                               |
-| the rest of each tower                                 | only batches with its media touch it             |
+| the rest of each tower, and each projector             | only batches with its media touch it             |
 | root: token table (= tied head), norms, projections    | used first and last, so gathered throughout      |
 
 Within a unit each parameter goes over its own mesh (see `parallel.mesh.Mesh`). A unit's
@@ -31,7 +31,8 @@ from torch.distributed.tensor import DTensor, Shard
 from model import Gemma4
 from parallel.mesh import Mesh
 
-TOWERS = ("vision_tower", "audio_tower")
+ENCODERS = ("vision_tower", "vision_embedder", "embed_vision", "audio_tower", "embed_audio")
+"""Parts that only batches with media touch."""
 
 
 def shard(
@@ -74,12 +75,14 @@ def shard(
 
     for layer in model.language_model.layers:
         unit(layer, reshard_after_forward)
-    for name in TOWERS:
-        tower = getattr(model, name, None)
-        if tower is not None:
-            for layer in (tower.encoder if name == "vision_tower" else tower).layers:
+    for name in ENCODERS:
+        encoder = getattr(model, name, None)
+        if encoder is None:
+            continue
+        if name.endswith("_tower"):
+            for layer in (encoder.encoder if name == "vision_tower" else encoder).layers:
                 unit(layer, reshard_after_forward)
-            unit(tower, reshard_after_forward)
+        unit(encoder, reshard_after_forward)
     unit(model, False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -107,10 +110,11 @@ def _info(mesh: DeviceMesh) -> FSDPMeshInfo:
 def require_gradient_sync(model: nn.Module, required: bool) -> None:
     """Whether the next backward reduces gradients or keeps them for the following micro-batch.
 
-    Towers always reduce: FSDP2 cannot keep the gradients of a unit that the following micro-batch may not touch.
+    Encoders always reduce: FSDP2 cannot keep the gradients of a unit that the following micro-batch may not touch,
+    nor add those of parameters that have kept some, in float32, and of others that have not.
     """
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(required)
     for name, module in model.named_children():
-        if name in TOWERS and isinstance(module, FSDPModule):
+        if name in ENCODERS and isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(True)

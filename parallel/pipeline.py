@@ -13,7 +13,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
 
 from parallel.collectives import swap
-from parallel.fsdp import TOWERS
+from parallel.fsdp import ENCODERS
 from parallel.mesh import Mesh
 from parallel.sharded import local_part
 from parallel.stage import Computed, Gemma4Stage, MicroBatch, shapes_at
@@ -70,7 +70,7 @@ class Pipeline:
 
         wrapped = []
         for stage in self.stages:
-            _gather_towers_once(stage)
+            _gather_encoders_once(stage)
         for position, stage in enumerate(self.stages):
             index = self.mesh.at["pp"] + position * pp
             before: tuple[Tensor, ...] = (torch.zeros(1, dtype=torch.long),)
@@ -110,9 +110,9 @@ class Pipeline:
             own.copy_(own + other if stage.is_first else other + own)
 
 
-def _gather_towers_once(stage: nn.Module) -> None:
+def _gather_encoders_once(stage: nn.Module) -> None:
     """Torch ends every backward of a stage in all its units, and fails at one that was never gathered."""
-    for name in TOWERS:
+    for name in ENCODERS:
         for module in getattr(stage, name, nn.Module()).modules():
             if isinstance(module, FSDPModule):
                 module.unshard()
