@@ -87,7 +87,7 @@ def test_a_run_goes_on_although_its_source_is_gone(released: Path, tmp_path: Pat
         (["model.vision=projector", "model.audio=none"], {"embed_vision"}),
         (["model.audio=projector"], {"embed_audio"}),
     ],
-    ids=str,
+    ids=["text", "vision", "vision projector", "audio projector"],
 )
 def test_what_is_trained_is_what_the_optimizer_holds(
     more: list[str], trained: set[str], released: Path, tmp_path: Path
