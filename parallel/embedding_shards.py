@@ -1,7 +1,9 @@
-"""The per-layer embedding table (2.35 B numbers in E2B, 2.82 B in E4B): its rows live sharded and are never gathered.
+"""Embedding tables whose rows live sharded and are never gathered.
 
-A look-up asks the owners for the rows of its unique ids and gives their gradients back the same
-way. To optimizer, clipping and checkpoint the table is a parameter sharded by rows like any other.
+These are the per-layer table (2.35 B numbers in E2B, 2.82 B in E4B), and the token table of a
+pipeline's first stage (1.41 B in 31B), which elsewhere is the head too, and so needed whole. A
+look-up asks the owners for the rows of its unique ids and gives their gradients back the same
+way. To optimizer, clipping and checkpoint a table is a parameter sharded by rows like any other.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from model import Gemma4
 from parallel.collectives import RowOwners, fetch_rows, gather_tokens
 from parallel.mesh import Mesh
 from parallel.sharded import sharded_parameter
+from parallel.stage import Gemma4Stage
 from parallel.token_split import TensorParallel
 
 
@@ -64,10 +67,16 @@ class ShardedRows(nn.Module):
 def shard_embedding_rows(
     model: Gemma4, mesh: Mesh, compute_dtype: torch.dtype, plan: TensorParallel | None
 ) -> set[nn.Parameter]:
-    """Replace the per-layer table, if there is one here; the parameters that FSDP must leave alone."""
-    table = getattr(model.language_model, "embed_tokens_per_layer", None)
-    if table is None:
-        return set()
-    rows = ShardedRows(table, mesh.fsdp(mesh.whole), compute_dtype, plan)
-    model.language_model.embed_tokens_per_layer = rows
-    return {rows.weight}
+    """Replace the tables that need not be gathered; the parameters that FSDP must leave alone."""
+    text = model.language_model
+    names = ["embed_tokens_per_layer"]
+    if isinstance(model, Gemma4Stage) and not model.is_last and plan is None:  # tensor parallel split it already
+        names.append("embed_tokens")
+    ignored = set()
+    for name in names:
+        table = getattr(text, name, None)
+        if table is not None:
+            rows = ShardedRows(table, mesh.fsdp(mesh.whole), compute_dtype, plan)
+            setattr(text, name, rows)
+            ignored.add(rows.weight)
+    return ignored
