@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from model.attention_kernels import attention
 from model.config import Gemma4Config, LayerConfig
 from model.masks import AttentionMask
-from model.norm import RMSNorm
+from model.norm import RMSNorm, rms_norm
 from model.rope import RotaryTable, apply_rotary
 
 
@@ -21,21 +20,42 @@ class KeyValue(NamedTuple):
     v_TKH: Tensor
 
 
-class Attention(nn.Module):
-    """A KV producer has k_proj (and v_proj unless K = V); a consumer only q_proj and o_proj.
+class RawKeyValue(NamedTuple):
+    """Of a layer with K = V: both before norms and rotation, [T, K, H], and the weight [H] of the key norm."""
 
-    `kernel` attends; `exchange` gives what queries see for the keys and values made here. A plan
-    that cuts sequences among devices sets both.
-    """
+    raw_TKH: Tensor
+    weight_H: Tensor
+
+
+def normed_key_value(raw: RawKeyValue, raw_v_TKH: Tensor, table: RotaryTable, eps: float) -> KeyValue:
+    """Keys and values of rows at the positions of `table`."""
+    k_TKH = apply_rotary(rms_norm(raw.raw_TKH, raw.weight_H, eps), table)
+    return KeyValue(k_TKH, rms_norm(raw_v_TKH, None, eps))
+
+
+class AttentionPlan(Protocol):
+    """How layers attend where sequences are cut among devices."""
+
+    def exchange(self, made: KeyValue, mask: AttentionMask) -> KeyValue:
+        """What queries see for the keys and values made here."""
+        ...
+
+    def travels_raw(self, mask: AttentionMask) -> bool:
+        """Whether a layer with K = V gives `attend` its `RawKeyValue`."""
+        ...
+
+    def attend(self, q_TNH: Tensor, key_value: KeyValue | RawKeyValue, mask: AttentionMask) -> Tensor: ...
+
+
+class Attention(nn.Module):
+    """A KV producer has k_proj (and v_proj unless K = V); a consumer only q_proj and o_proj."""
 
     v_proj: nn.Linear | None
-    kernel: Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor]
-    exchange: Callable[[KeyValue, AttentionMask], KeyValue] | None
+    plan: AttentionPlan | None
 
     def __init__(self, config: Gemma4Config, layer: LayerConfig) -> None:
         super().__init__()
-        self.head_dim = layer.head_dim
-        self.kernel, self.exchange = attention, None
+        self.head_dim, self.eps, self.plan = layer.head_dim, config.rms_norm_eps, None
         D, H, eps = config.hidden_size, layer.head_dim, config.rms_norm_eps
         self.q_proj = nn.Linear(D, config.num_attention_heads * H, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * H, D, bias=False)
@@ -44,17 +64,26 @@ class Attention(nn.Module):
             self.k_proj = nn.Linear(D, layer.num_kv_heads * H, bias=False)
             self.v_proj = None if layer.k_eq_v else nn.Linear(D, layer.num_kv_heads * H, bias=False)
             self.k_norm = RMSNorm(H, eps)
-            self.v_norm = RMSNorm(H, eps, with_scale=False)
 
-    def key_value(self, x_TD: Tensor, table: RotaryTable, mask: AttentionMask) -> KeyValue:
+    def key_value(self, x_TD: Tensor, table: RotaryTable, mask: AttentionMask) -> KeyValue | RawKeyValue:
         """Keys and values of all positions that the queries of `mask` may see."""
-        raw_k = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        raw_v = raw_k if self.v_proj is None else self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        made = KeyValue(apply_rotary(self.k_norm(raw_k), table), self.v_norm(raw_v))
-        return made if self.exchange is None else self.exchange(made, mask)
+        assert self.k_norm.weight is not None
+        raw = RawKeyValue(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim)), self.k_norm.weight)
+        if self.v_proj is None and self.plan is not None and self.plan.travels_raw(mask):
+            return raw
+        raw_v = raw.raw_TKH if self.v_proj is None else self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        made = normed_key_value(raw, raw_v, table, self.eps)
+        return made if self.plan is None else self.plan.exchange(made, mask)
 
-    def forward(self, x_TD: Tensor, key_value: KeyValue, table: RotaryTable, mask: AttentionMask) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, key_value: KeyValue | RawKeyValue, table: RotaryTable, mask: AttentionMask
+    ) -> Tensor:
         """Output [T, D] of the T queries of `mask` against the keys of all positions."""
         q_TNH = self.q_norm(self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim)))
-        out_TNH = self.kernel(apply_rotary(q_TNH, table), *key_value, mask)
+        q_TNH = apply_rotary(q_TNH, table)
+        if self.plan is not None:
+            out_TNH = self.plan.attend(q_TNH, key_value, mask)
+        else:
+            assert isinstance(key_value, KeyValue)
+            out_TNH = attention(q_TNH, *key_value, mask)
         return self.o_proj(out_TNH.flatten(1))

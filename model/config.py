@@ -45,6 +45,8 @@ class LayerConfig:
     num_kv_heads: int
     intermediate_size: int
     kv_source: int
+    kv_is_shared: bool
+    """Whether a consumer reads this layer's keys and values."""
     k_eq_v: bool
     window: int | None
 
@@ -174,10 +176,9 @@ class Gemma4Config:
     def layer(self, index: int) -> LayerConfig:
         types = self.layer_types
         full = types[index] == "full_attention"
-        consumer = index >= self.first_kv_shared_layer
-        source = index
-        if consumer:
-            source = max(i for i in range(self.first_kv_shared_layer) if types[i] == types[index])
+        first = self.first_kv_shared_layer
+        consumer, consumed = index >= first, types[index] in types[first:]
+        last_producer = max((i for i in range(first) if types[i] == types[index]), default=index)
         k_eq_v = full and self.attention_k_eq_v
         kv_heads = self.num_key_value_heads
         if k_eq_v and self.num_global_key_value_heads is not None:
@@ -188,7 +189,8 @@ class Gemma4Config:
             head_dim=self.global_head_dim if full else self.head_dim,
             num_kv_heads=kv_heads,
             intermediate_size=self.intermediate_size * (2 if consumer and self.use_double_wide_mlp else 1),
-            kv_source=source,
+            kv_source=last_producer if consumer else index,
+            kv_is_shared=consumed and index == last_producer,
             k_eq_v=k_eq_v,
             window=None if full else self.sliding_window,
         )

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import Attention, KeyValue
+from model.attention import Attention, KeyValue, RawKeyValue
 from model.config import Gemma4Config, LayerConfig, LayerType
 from model.masks import AttentionMask
 from model.mlp import MLP
@@ -80,15 +80,17 @@ class DecoderLayer(nn.Module):
         queries: Rows | None = None,
         store: KeyValueStore | None = None,
     ) -> tuple[Tensor, KeyValue | None]:
-        """New stream at the query positions, and the keys and values made; None from a consumer.
+        """New stream at the query positions, and the keys and values made, if other layers read them.
 
         `queries` are rows of x to go on with after keys and values were made of all;
         `per_layer_input_TP` holds the query rows only.
         """
         normed = self.input_layernorm(x_TD)
+        key_value: KeyValue | RawKeyValue
         if shared is None:
             key_value = self.self_attn.key_value(normed, context.key_table, context.mask)
             if store is not None:
+                assert isinstance(key_value, KeyValue)
                 key_value = store(self.layer.index, key_value)
         else:
             key_value = shared
@@ -100,7 +102,8 @@ class DecoderLayer(nn.Module):
         if per_layer_input_TP is not None:
             gate = F.gelu(self.per_layer_input_gate(x_TD), approximate="tanh")
             x_TD = x_TD + self.post_per_layer_input_norm(self.per_layer_projection(gate * per_layer_input_TP))
-        return x_TD * self.layer_scalar.to(x_TD.dtype), key_value if shared is None else None
+        made = key_value if self.layer.kv_is_shared and isinstance(key_value, KeyValue) else None
+        return x_TD * self.layer_scalar.to(x_TD.dtype), made
 
     def _feed_forward(self, x_TD: Tensor) -> Tensor:
         dense = self.mlp(self.pre_feedforward_layernorm(x_TD))

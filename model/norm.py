@@ -14,10 +14,13 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float, *, with_scale: bool = True) -> None:
         super().__init__()
-        self.dim = dim
-        self.eps = eps
+        self.dim, self.eps = dim, eps
         self.weight = nn.Parameter(torch.ones(dim)) if with_scale else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = None if self.weight is None else self.weight.float()
-        return F.rms_norm(x.float(), (self.dim,), weight, self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
+    weight = None if weight_D is None else weight_D.float()
+    return F.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)

@@ -7,7 +7,8 @@ mask all ranks have as many visible pairs. What a layer's queries see of other r
 |-------------------------------------------------|----------------------------------------------------------|
 | sliding                                         | the keys and values of the window across a chunk's ends  |
 | full, in a variant whose layers share KV        | all of them, once; the layers that share them reuse them |
-| full, otherwise                                 | all of them, block by block around a ring (ring.py)      |
+| full, otherwise                                 | all of them, block by block around a ring (ring.py); if  |
+|                                                 | K = V as the one product both are made of                |
 
 Masks are made of the whole sequence, which every rank of `cp` has, and carry the plan of their
 exchange; documents shorten what crosses.
@@ -15,8 +16,9 @@ exchange; documents shorten what crosses.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self, cast
 
 import torch
@@ -24,13 +26,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model import Gemma4, Gemma4Config
-from model.attention import KeyValue
+from model.attention import KeyValue, RawKeyValue, normed_key_value
 from model.attention_kernels import attention
 from model.config import LayerType
 from model.decoder import DecoderLayer
 from model.masks import AttentionMask, layer_masks
+from model.rope import rotary_table
 from parallel.collectives import exchange_rows, gather_tokens
-from parallel.ring import Parts, ring_attention
+from parallel.ring import Parts, as_they_are, ring_attention
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,16 @@ class GatheredMask(AttentionMask):
 
 @dataclass(frozen=True)
 class RingMask(AttentionMask):
-    """Over all positions; `parts` are its parts over the blocks that come around the ring."""
+    """Over all positions; `parts` are its parts over the blocks that come around the ring.
+
+    `positions` [T] of each block's tokens are those by which keys are rotated.
+    """
 
     parts: Parts
+    positions: tuple[Tensor, ...]
+
+    def to(self, device: torch.device) -> Self:
+        return replace(super().to(device), positions=tuple(t.to(device, non_blocking=True) for t in self.positions))
 
     def _with_queries(self, change: Callable[[Tensor], Tensor]) -> Self:
         parts = tuple(None if part is None else part._with_queries(change) for part in self.parts)
@@ -90,22 +100,24 @@ class ContextParallel:
         places[here] = torch.arange(len(here), device=rows.device)
         return places[rows]
 
-    def masks(self, types_BS: Tensor, document_ids_BS: Tensor | None) -> dict[LayerType, AttentionMask]:
+    def masks(
+        self, types_BS: Tensor, document_ids_BS: Tensor | None, positions_BS: Tensor
+    ) -> dict[LayerType, AttentionMask]:
         """Masks of this rank's queries, from the whole sequences, on the CPU.
 
         The model needs positions too: on sliding layers `position_T` counts from the start of the window.
         """
+        ring = partial(self._ring, positions_BS=positions_BS)
         make: dict[LayerType, Callable[[AttentionMask], AttentionMask]] = {
             "sliding_attention": self._window,
-            "full_attention": self._gathered if self.config.num_kv_shared_layers else self._ring,
+            "full_attention": self._gathered if self.config.num_kv_shared_layers else ring,
         }
         return {kind: make[kind](whole) for kind, whole in layer_masks(self.config, types_BS, document_ids_BS).items()}
 
     def apply(self, model: Gemma4) -> None:
         """Let the decoder layers of a model, or of one stage of it, exchange what their masks say."""
         for layer in model.language_model.layers:
-            attn = cast(DecoderLayer, layer).self_attn
-            attn.exchange, attn.kernel = self.exchange, self.attend
+            cast(DecoderLayer, layer).self_attn.plan = self
 
     def exchange(self, made: KeyValue, mask: AttentionMask) -> KeyValue:
         """Keys and values over which `attend` runs, for those of this rank's tokens."""
@@ -119,11 +131,27 @@ class ContextParallel:
             return KeyValue(*(t[mask.order_T] for t in gathered.unbind(dim=1)))
         return made
 
-    def attend(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: AttentionMask) -> Tensor:
+    def travels_raw(self, mask: AttentionMask) -> bool:
+        """Around a ring, where half as much crosses: each rank norms and rotates what arrives."""
+        return isinstance(mask, RingMask)
+
+    def attend(self, q_TNH: Tensor, key_value: KeyValue | RawKeyValue, mask: AttentionMask) -> Tensor:
         """As `attention`."""
+        if isinstance(key_value, RawKeyValue):
+            assert isinstance(mask, RingMask)
+            make = partial(self._made_of_raw, mask.positions)
+            return ring_attention(q_TNH, key_value[:1], key_value.weight_H, make, mask.parts, self.group)
         if isinstance(mask, RingMask):
-            return ring_attention(q_TNH, k_TKH, v_TKH, mask.parts, self.group)
-        return attention(q_TNH, k_TKH, v_TKH, mask)
+            return ring_attention(q_TNH, key_value, None, as_they_are, mask.parts, self.group)
+        return attention(q_TNH, *key_value, mask)
+
+    def _made_of_raw(
+        self, positions: tuple[Tensor, ...], step: int, block: Sequence[Tensor], weight_H: Tensor | None
+    ) -> KeyValue:
+        assert weight_H is not None
+        (raw_TKH,) = block
+        table = rotary_table(self.config, "full_attention", positions[step], raw_TKH.dtype)
+        return normed_key_value(RawKeyValue(raw_TKH, weight_H), raw_TKH, table, self.config.rms_norm_eps)
 
     def _window(self, whole: AttentionMask) -> WindowMask:
         B, S = whole.num_rows, whole.num_keys
@@ -176,13 +204,14 @@ class ContextParallel:
         order_BS = (owner_S * B + torch.arange(B)[:, None]) * (S // self.size) + place_S
         return GatheredMask(**vars(self._cut_mask(whole)), order_T=order_BS.flatten())
 
-    def _ring(self, whole: AttentionMask) -> RingMask:
+    def _ring(self, whole: AttentionMask, positions_BS: Tensor) -> RingMask:
         cut = self._cut_mask(whole)
         owner_S, place_S = self._owners(whole.num_keys)
-        parts = []
+        parts, positions = [], []
         for step in range(self.size):
             # In increasing order, so what an interval of positions holds of them is an interval again.
             keys = (owner_S == (self.rank - step) % self.size).nonzero()[:, 0]
+            positions.append(positions_BS[:, keys].flatten())
             first_T = torch.searchsorted(keys, cut.first_key_T)
             last_T = torch.searchsorted(keys, cut.last_key_T, right=True) - 1
             empty_T = first_T > last_T
@@ -195,7 +224,7 @@ class ContextParallel:
                 len(keys),
             )
             parts.append(None if bool(empty_T.all()) else part)
-        return RingMask(**vars(cut), parts=tuple(parts))
+        return RingMask(**vars(cut), parts=tuple(parts), positions=tuple(positions))
 
     def _cut_mask(self, whole: AttentionMask) -> AttentionMask:
         """The mask of this rank's queries, over the whole sequence."""

@@ -6,12 +6,14 @@ backward sends the blocks around once more, and with each the sum of its gradien
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.attention import KeyValue
 from model.attention_kernels import partial_attention
 from model.masks import AttentionMask
 from parallel.collectives import Passing, pass_around
@@ -19,28 +21,47 @@ from parallel.collectives import Passing, pass_around
 Parts = tuple[AttentionMask | None, ...]
 """Masks over the blocks in order of arrival, this rank's own first; None where no query sees any of it."""
 
+Make = Callable[[int, Sequence[Tensor], Tensor | None], KeyValue]
+"""Keys and values of the block that arrives at a step, of what travels and a weight that all ranks have."""
 
-def ring_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, parts: Parts, group: dist.ProcessGroup) -> Tensor:
-    """Outputs [T_queries, N, H] over the keys of all ranks, of which this one has a block [T, K, H].
+
+def as_they_are(step: int, block: Sequence[Tensor], weight: Tensor | None) -> KeyValue:
+    return KeyValue(*block)
+
+
+def ring_attention(
+    q_TNH: Tensor,
+    own: Sequence[Tensor],
+    weight: Tensor | None,
+    make: Make,
+    parts: Parts,
+    group: dist.ProcessGroup,
+) -> Tensor:
+    """Outputs [T_queries, N, H] over the keys of all ranks, which `make` makes of each one's `own`.
 
     Every query sees a key of its own rank. Needs two ranks or more, and all of them, queries or none.
     """
-    return _Ring.apply(q_TNH, k_TKH, v_TKH, parts, group)
+    return _Ring.apply(q_TNH, weight, make, parts, group, *own)
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, parts: Parts, group: dist.ProcessGroup
+        ctx: Any,
+        q_TNH: Tensor,
+        weight: Tensor | None,
+        make: Make,
+        parts: Parts,
+        group: dist.ProcessGroup,
+        *own: Tensor,
     ) -> Tensor:
         out_TNH = torch.zeros_like(q_TNH, dtype=torch.float32)
         lse_TN = torch.full_like(q_TNH[..., 0], float("-inf"), dtype=torch.float32)
-        own = (k_TKH.contiguous(), v_TKH.contiguous())
-        block: tuple[Tensor, ...] = own
+        block = own = tuple(t.contiguous() for t in own)
         for step, part in enumerate(parts):
             passing = pass_around(block, group) if step + 1 < len(parts) else None
             if part is not None and part.num_queries:
-                partial_TNH, partial_lse_TN = partial_attention(q_TNH, block[0], block[1], part)
+                partial_TNH, partial_lse_TN = partial_attention(q_TNH, *make(step, block, weight), part)
                 # Finite from the first block on, in which every query sees a key.
                 merged_TN = torch.logaddexp(lse_TN, partial_lse_TN)
                 out_TNH.mul_((lse_TN - merged_TN).exp_()[..., None])
@@ -49,48 +70,54 @@ class _Ring(torch.autograd.Function):
             if passing is not None:
                 block = passing.wait()
         out_TNH = out_TNH.to(q_TNH.dtype)
-        ctx.parts, ctx.group = parts, group
-        ctx.save_for_backward(q_TNH, *own, out_TNH, lse_TN)
+        ctx.make, ctx.parts, ctx.group = make, parts, group
+        ctx.save_for_backward(q_TNH, weight, out_TNH, lse_TN, *own)
         return out_TNH
 
     @staticmethod
-    def backward(ctx: Any, grad_TNH: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q_TNH, *own, out_TNH, lse_TN = ctx.saved_tensors
-        block = tuple(own)
-        grad_q = torch.zeros_like(q_TNH, dtype=torch.float32)
+    def backward(ctx: Any, grad_TNH: Tensor) -> tuple[Tensor | None, ...]:
+        q_TNH, weight, out_TNH, lse_TN, *block = ctx.saved_tensors
+        inputs = [q_TNH] if weight is None else [q_TNH, weight]
+        sums = [torch.zeros_like(t, dtype=torch.float32) for t in inputs]
         coming: Passing | None = None
         for step, part in enumerate(ctx.parts):
-            passing = pass_around(block, ctx.group) if step + 1 < len(ctx.parts) else None
-            found = None
+            passing = pass_around(tuple(block), ctx.group) if step + 1 < len(ctx.parts) else None
+            found: Sequence[Tensor] = ()
             if part is not None and part.num_queries:
-                found = _block_gradients(q_TNH, block, part, out_TNH, lse_TN, grad_TNH)
-                grad_q += found[0]
+                found = _block_gradients(ctx.make, step, q_TNH, weight, block, part, out_TNH, lse_TN, grad_TNH)
+                for total, more in zip(sums, found, strict=False):
+                    total += more
             # The sums of a block go with it, a step behind, so that they travel while the next is computed.
-            sums = coming.wait() if coming else tuple(torch.zeros_like(t, dtype=torch.float32) for t in block)
-            if found is not None:
-                sums = tuple(total.add_(more) for total, more in zip(sums, found[1:], strict=True))
-            coming = pass_around(sums, ctx.group)
+            of_block = coming.wait() if coming else tuple(torch.zeros_like(t, dtype=torch.float32) for t in block)
+            for total, more in zip(of_block, found[len(sums) :], strict=False):
+                total += more
+            coming = pass_around(of_block, ctx.group)
             if passing is not None:
-                block = passing.wait()
+                block = list(passing.wait())
         assert coming is not None
-        grad_k, grad_v = coming.wait()
-        return grad_q.to(q_TNH.dtype), grad_k.to(block[0].dtype), grad_v.to(block[1].dtype), None, None
+        grad_q, *grad_weight = (total.to(t.dtype) for total, t in zip(sums, inputs, strict=True))
+        grads = (total.to(t.dtype) for total, t in zip(coming.wait(), block, strict=True))
+        return grad_q, grad_weight[0] if grad_weight else None, None, None, None, *grads
 
 
 def _block_gradients(
+    make: Make,
+    step: int,
     q_TNH: Tensor,
-    block: tuple[Tensor, ...],
+    weight: Tensor | None,
+    block: Sequence[Tensor],
     part: AttentionMask,
     out_TNH: Tensor,
     lse_TN: Tensor,
     grad_TNH: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Gradients of q and one block's k and v, through what the block gave to the merged outputs."""
-    q, k, v = (t.detach().requires_grad_() for t in (q_TNH, *block))
+    """Gradients of q, of the weight if there is one, and of one block, through what it gave to the merged outputs."""
+    leaves = [t.detach().requires_grad_() for t in (q_TNH, *(() if weight is None else (weight,)), *block)]
     with torch.enable_grad():
-        partial_TNH, partial_lse_TN = partial_attention(q, k, v, part)
+        made = make(step, leaves[-len(block) :], None if weight is None else leaves[1])
+        partial_TNH, partial_lse_TN = partial_attention(leaves[0], *made, part)
     weight_TN = (partial_lse_TN.detach() - lse_TN).exp_()
     weighted_TNH = weight_TN[..., None] * grad_TNH.float()
     grad_lse_TN = (weighted_TNH * (partial_TNH.detach().float() - out_TNH.float())).sum(dim=-1)
     grads = (weighted_TNH.to(partial_TNH.dtype), grad_lse_TN.to(partial_lse_TN.dtype))
-    return torch.autograd.grad((partial_TNH, partial_lse_TN), (q, k, v), grads)
+    return torch.autograd.grad((partial_TNH, partial_lse_TN), leaves, grads)

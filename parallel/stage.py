@@ -135,10 +135,10 @@ class Gemma4Stage(Gemma4):
         if config.hidden_size_per_layer_input:
             per_layer = dict(zip(range(start, config.num_hidden_layers), rest.pop(0).unbind(), strict=True))
         shared: dict[LayerType, KeyValue] = {}
-        exchange = cast(DecoderLayer, next(iter(self.language_model.layers))).self_attn.exchange
+        plan = cast(DecoderLayer, next(iter(self.language_model.layers))).self_attn.plan
         for kind in carried_types(config, start):
             made = KeyValue(rest.pop(0), rest.pop(0))
-            shared[kind] = made if exchange is None else exchange(made, masks[kind])
+            shared[kind] = made if plan is None else plan.exchange(made, masks[kind])
         return x_TD, per_layer, shared
 
 

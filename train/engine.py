@@ -133,5 +133,5 @@ def cut(batch: Batch, context: ContextParallel) -> Batch:
         context.cut(batch.positions_BS),
         context.cut(batch.document_ids_BS),
         media,
-        context.masks(types_BS, batch.document_ids_BS),
+        context.masks(types_BS, batch.document_ids_BS, batch.positions_BS),
     )

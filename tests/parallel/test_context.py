@@ -29,13 +29,13 @@ from tests.model.reference import relative_error
 from tests.report import report
 
 B, S, IMAGE = 2, 48, 250
-VARIANTS = ("e2b", "e4b", "12b", "26b_a4b", "31b", "31b with images")
+VARIANTS = ("e2b", "e4b", "12b", "26b_a4b", "31b", "31b with images", "31b with K not V")
 TOLERANCE = 5e-5  # one process in float32 is itself 2e-5 from float64
 WINDOWS = (4, 21)  # less, and with either number of ranks more, than a chunk
 
 
 def small(variant: str, window: int) -> Gemma4Config:
-    name, images, _ = variant.partition(" with images")
+    name, _, more = variant.partition(" with ")
     config = Gemma4Config.from_name(f"gemma4_tiny_{name}")
     shared = config.num_kv_shared_layers > 0
     return config.replace(
@@ -53,7 +53,8 @@ def small(variant: str, window: int) -> Gemma4Config:
         global_head_dim=16,
         sliding_window=window,
         image_token_id=IMAGE,
-        vision=config.vision if images else None,
+        attention_k_eq_v=config.attention_k_eq_v and more != "K not V",
+        vision=config.vision if more == "images" else None,
         audio=None,
     )
 
@@ -131,7 +132,7 @@ def one_rank(variant: str, window: int, skip: bool, mode: str) -> tuple[Tensor, 
         plan.cut(batch.tokens),
         positions=plan.cut(batch.positions),
         supervised=supervised if skip else None,
-        masks=plan.masks(token_types(config, batch.tokens), batch.documents),
+        masks=plan.masks(token_types(config, batch.tokens), batch.documents, batch.positions),
     )
     (hidden * (factors[supervised] if skip else factors)).sum().backward()
     return hidden.detach(), gradients(model)
@@ -220,7 +221,7 @@ def test_queries_see_what_they_see_in_the_whole_and_only_that_crosses(ranks: int
                     types = token_types(config, Batch.make(4).tokens)
                     made = KeyValue(*(here[:, None, None].float(),) * 2)
                     queries = torch.arange(0, len(here), 3).repeat_interleave(2)  # some, each of them twice
-                    for kind, mask in plan.masks(types, documents).items():
+                    for kind, mask in plan.masks(types, documents, Batch.make(4).positions).items():
                         dense = layer_masks(config, types, documents)[kind].dense()
                         columns = dense.new_zeros(B * S, B * S).view(B, S, B, S)
                         for row in range(B):

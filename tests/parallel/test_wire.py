@@ -9,12 +9,12 @@ from torch import Tensor
 
 from data.batch import Batch
 from model.moe import Experts, Router
-from parallel.apply import ParallelModel, build_parallel_model
+from parallel.apply import Options, ParallelModel, build_parallel_model
 from parallel.expert import ParallelExperts
 from parallel.layout import Layout
 from parallel.mesh import World, build_mesh
 from tests.distributed import run_ranks
-from tests.meshes import CPU, Case, initial_values, rows
+from tests.meshes import CPU, Case, initial_values, rows, share_of
 from tests.report import report
 from tests.wire import WireCounter
 from train.engine import Engine
@@ -94,6 +94,33 @@ def test_rows_of_the_per_layer_table_cross_not_the_table() -> None:
     assert sent < 1.5 * least < table / 4
 
 
+def test_a_first_stage_never_gathers_the_token_table() -> None:
+    case = Case("31b", Layout(pp=2, dp_shard=2), sizes=(("vocab_size", 4096),), micro_batch_size=2, steps=1)
+
+    def on_rank(world: World) -> tuple[bool, int, int, int]:
+        options = Options(sequence_length=case.length)
+        parallel = build_parallel_model(case.config, build_mesh(CPU, case.layout), CPU, initial_values(0), options)
+        batches = share_of(rows(case, 0), case, case.layout, world.rank)
+        with WireCounter() as counter:
+            Engine(parallel, CrossEntropy(), CPU).forward_backward(batches, 1, [(False, False)] * len(batches))
+        wanted = sum(batch.tokens_BS.unique().numel() for batch in batches)
+        return (
+            parallel.mesh.at["pp"] == 0,
+            of_kind(counter.sent, "alltoall"),
+            wanted,
+            of_kind(counter.sent, "allgather"),
+        )
+
+    first = [found for is_first, *found in run_ranks(4, on_rank) if is_first]
+    width = case.config.hidden_size * FLOAT
+    least = max(wanted for _, wanted, _ in first) * width
+    table = case.config.vocab_size * width // 2
+    sent, _, gathered = (max(column) for column in zip(*first, strict=True))
+    other = f"gathering the table, scattering its gradient: {2 * table:,}"
+    tell("a first stage's token rows (pp2 dp2)", sent, least, other)
+    assert sent < 1.5 * least < table / 4 and gathered < table
+
+
 def test_a_token_goes_to_a_rank_once() -> None:
     config = Case("26b_a4b", sizes=(("num_experts", 16),), steps=1).config.replace(top_k_experts=4)
     ranks, tokens, width = 4, 64, config.hidden_size
@@ -151,7 +178,7 @@ def test_sliding_layers_send_a_window_and_full_ones_the_sequence() -> None:
     per_key = dict.fromkeys(config.layer_types, 0)
     for index in range(config.num_hidden_layers):
         layer = config.layer(index)
-        per_key[layer.type] += 2 * layer.num_kv_heads * layer.head_dim * FLOAT
+        per_key[layer.type] += (1 if layer.k_eq_v else 2) * layer.num_kv_heads * layer.head_dim * FLOAT
     borders = 2 * 4 - 1 - 1  # the two middle chunks lie on one rank
     least = 2 * borders * (config.sliding_window - 1) * per_key["sliding_attention"]
     tell(
@@ -163,5 +190,6 @@ def test_sliding_layers_send_a_window_and_full_ones_the_sequence() -> None:
     assert sliding == least
     blocks = 3 * case.length * per_key["full_attention"]  # each block to three other ranks
     least = blocks + (3 + 4) * case.length * per_key["full_attention"]  # again in the backward, and its sums home
-    tell("full layers: blocks around the ring (cp4, all ranks)", full, least)
+    assert config.attention_k_eq_v
+    tell("full layers, K = V: blocks around the ring (cp4, all ranks)", full, least, f"keys and values: {2 * full:,}")
     assert full <= 1.05 * least
