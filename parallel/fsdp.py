@@ -58,7 +58,7 @@ def shard(
 
     def place(parameter: nn.Parameter) -> ShardPlacementResult:
         if not isinstance(parameter, DTensor):
-            return ShardPlacementResult(None, whole)
+            return ShardPlacementResult(Shard(leanest_axis(parameter.shape, whole.shard_mesh_size)), whole)
         info = split if parameter.device_mesh.mesh_dim_names == ("tp",) else experts
         return ShardPlacementResult(Shard(even_axis(parameter, info.shard_mesh_size)), info)
 
@@ -88,6 +88,16 @@ def shard(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def leanest_axis(shape: torch.Size, shards: int) -> int:
+    """The axis over which FSDP shards a whole parameter: the first, or of a stack of matrices one that is even.
+
+    128 experts over 256 ranks would leave half of them without any, and pad what is gathered to twice the size.
+    """
+    if len(shape) < 3:
+        return 0
+    return next((axis for axis, size in enumerate(shape) if size % shards == 0), 0)
 
 
 def even_axis(parameter: DTensor, shards: int) -> int:
