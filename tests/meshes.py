@@ -73,8 +73,8 @@ class Case:
         # Routing is a choice: rounding that swaps two near-equal experts changes a token's output at once. Over several
         # steps every expert is chosen, so that only sums are left to differ.
         experts = {"moe_intermediate_size": 16, "num_experts": 8, "top_k_experts": 8 if self.steps > 1 else 3}
-        moe = experts if self.variant == "26b_a4b" else {}
-        return Gemma4Config.from_name(f"tiny_{self.variant}", **(SMALL | shared | moe | dict(self.sizes)))
+        own = {"26b_a4b": experts, "31b": {"num_global_key_value_heads": 4}}.get(self.variant, {})
+        return Gemma4Config.from_name(f"tiny_{self.variant}", **(SMALL | shared | own | dict(self.sizes)))
 
     @property
     def reference_key(self) -> Case:

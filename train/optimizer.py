@@ -8,23 +8,42 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from parallel.sharded import local_part
 from train.config import OptimizerConfig
 
 _TABLES = ("embed_tokens", "position_embedding_table", "pos_embedding")
 
 
+class ShardedAdamW(torch.optim.AdamW):
+    """AdamW of sharded parameters, by one fused kernel over what this rank holds of them.
+
+    The update is by element, so that no plan needs to know of it; given the sharded tensors, torch would first
+    derive, for every list of them, what one kernel over all ranks means.
+    """
+
+    def _init_group(self, group: dict[str, Any], params: list[Any], grads: list[Any], *states: list[Any]) -> bool:
+        has_complex = super()._init_group(group, params, grads, *states)
+        for parameter, grad in zip(params, grads, strict=True):
+            if isinstance(parameter, DTensor):
+                assert grad.placements == parameter.placements and grad.device_mesh == parameter.device_mesh
+        for tensors in (params, grads, *states):
+            tensors[:] = map(local_part, tensors)
+        return has_complex
+
+
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    groups: dict[object, dict[str, Any]] = {}
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            plain = parameter.dim() < 2 or any(table in name for table in _TABLES)
-            # One call of the fused kernel takes parameters of one mesh and placement.
-            where = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else None
-            decay = 0.0 if plain else config.weight_decay
-            groups.setdefault((decay, where), {"params": [], "weight_decay": decay})["params"].append(parameter)
-    optimizer = torch.optim.AdamW(
-        list(groups.values()), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-    )
+            is_plain = parameter.dim() < 2 or any(table in name for table in _TABLES)
+            (plain if is_plain else decayed).append(parameter)
+    groups = [
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((decayed, config.weight_decay), (plain, 0.0))
+        if parameters
+    ]
+    optimizer = ShardedAdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
     _allocate(optimizer)
     return optimizer
 
