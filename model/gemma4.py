@@ -19,6 +19,9 @@ from model.rope import rotary_table
 from model.stream import Rows, Stream
 from model.vision import MediaProjector, VisionEmbedder, VisionTower
 
+ENCODERS = ("vision_tower", "vision_embedder", "embed_vision", "audio_tower", "embed_audio")
+"""Parts of a `Gemma4` that only batches with media touch."""
+
 
 class TextDecoder(nn.Module):
     """Embedding tables, decoder layers and final norm; module names are those of the released checkpoints."""

@@ -3,7 +3,7 @@
 | unit                                                   | why                                              |
 |--------------------------------------------------------|--------------------------------------------------|
 | each decoder layer                                     | gathered for its own forward and backward        |
-| (per-layer embedding table: none)                      | its rows are exchanged, see embedding_shards.py  |
+| (tables of `embedding_shards`: none)                   | their rows are exchanged one by one              |
 | each layer of the image and audio towers               | as a decoder layer                               |
 | the rest of each tower, and each projector             | only batches with its media touch it             |
 | root: token table (= tied head), norms, projections    | used first and last, so gathered throughout      |
@@ -29,10 +29,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPM
 from torch.distributed.tensor import DTensor, Shard
 
 from model import Gemma4
+from model.gemma4 import ENCODERS
 from parallel.mesh import Mesh
-
-ENCODERS = ("vision_tower", "vision_embedder", "embed_vision", "audio_tower", "embed_audio")
-"""Parts that only batches with media touch."""
 
 
 def shard(

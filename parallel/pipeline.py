@@ -12,8 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
 
+from model.gemma4 import ENCODERS
 from parallel.collectives import swap
-from parallel.fsdp import ENCODERS
 from parallel.mesh import Mesh
 from parallel.sharded import local_part
 from parallel.stage import Computed, Gemma4Stage, MicroBatch, shapes_at
@@ -34,6 +34,8 @@ class Pipeline:
     ) -> None:
         self.stages, self.mesh, self.name, self.count, self.dtype = stages, mesh, schedule, count, dtype
         self._schedules: dict[tuple[int, ...], Any] = {}
+        for stage in stages:
+            _gather_encoders_once(stage)
 
     def step(
         self, micro_batches: Sequence[MicroBatch], loss: Callable[[Computed, int], Tensor], device: torch.device
@@ -69,8 +71,6 @@ class Pipeline:
             return tuple(torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True) for shape in shapes)
 
         wrapped = []
-        for stage in self.stages:
-            _gather_encoders_once(stage)
         for position, stage in enumerate(self.stages):
             index = self.mesh.at["pp"] + position * pp
             before: tuple[Tensor, ...] = (torch.zeros(1, dtype=torch.long),)

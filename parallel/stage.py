@@ -24,6 +24,7 @@ from model import Gemma4, Gemma4Config
 from model.attention import KeyValue
 from model.config import LayerType
 from model.decoder import DecoderLayer, decode
+from model.gemma4 import ENCODERS
 from model.head import Head
 from model.masks import AttentionMask
 from model.media import Media, token_types
@@ -31,7 +32,6 @@ from model.media import Media, token_types
 if TYPE_CHECKING:
     from parallel.weight_gradients import WeightGradients
 
-_FIRST_ONLY = ("vision_tower", "vision_embedder", "embed_vision", "audio_tower", "embed_audio")
 _FIRST_TEXT = ("embed_tokens_per_layer", "per_layer_model_projection", "per_layer_projection_norm")
 
 
@@ -74,7 +74,7 @@ class Gemma4Stage(Gemma4):
             if index not in span:
                 delattr(text.layers, str(index))
         if not self.is_first:
-            for owner, names in ((self, _FIRST_ONLY), (text, _FIRST_TEXT)):
+            for owner, names in ((self, ENCODERS), (text, _FIRST_TEXT)):
                 for name in names:
                     if hasattr(owner, name):
                         delattr(owner, name)
