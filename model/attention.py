@@ -27,10 +27,11 @@ class RawKeyValue(NamedTuple):
     weight_H: Tensor
 
 
-def normed_key_value(raw: RawKeyValue, raw_v_TKH: Tensor, table: RotaryTable, eps: float) -> KeyValue:
-    """Keys and values of rows at the positions of `table`."""
-    k_TKH = apply_rotary(rms_norm(raw.raw_TKH, raw.weight_H, eps), table)
-    return KeyValue(k_TKH, rms_norm(raw_v_TKH, None, eps))
+def normed_key_value(
+    raw_k_TKH: Tensor, raw_v_TKH: Tensor, weight_H: Tensor, table: RotaryTable, eps: float
+) -> KeyValue:
+    """Keys and values of rows at the positions of `table`; `weight_H` is that of the key norm."""
+    return KeyValue(apply_rotary(rms_norm(raw_k_TKH, weight_H, eps), table), rms_norm(raw_v_TKH, None, eps))
 
 
 class AttentionPlan(Protocol):
@@ -67,12 +68,13 @@ class Attention(nn.Module):
 
     def key_value(self, x_TD: Tensor, table: RotaryTable, mask: AttentionMask) -> KeyValue | RawKeyValue:
         """Keys and values of all positions that the queries of `mask` may see."""
-        assert self.k_norm.weight is not None
-        raw = RawKeyValue(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim)), self.k_norm.weight)
+        weight = self.k_norm.weight
+        assert weight is not None
+        raw_k = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         if self.v_proj is None and self.plan is not None and self.plan.travels_raw(mask):
-            return raw
-        raw_v = raw.raw_TKH if self.v_proj is None else self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        made = normed_key_value(raw, raw_v, table, self.eps)
+            return RawKeyValue(raw_k, weight)
+        raw_v = raw_k if self.v_proj is None else self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        made = normed_key_value(raw_k, raw_v, weight, table, self.eps)
         return made if self.plan is None else self.plan.exchange(made, mask)
 
     def forward(

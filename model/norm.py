@@ -22,5 +22,6 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(x: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
+    """`RMSNorm` with a weight from elsewhere, or none; in the dtype of x."""
     weight = None if weight_D is None else weight_D.float()
     return F.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)

@@ -150,8 +150,9 @@ class ContextParallel:
     ) -> KeyValue:
         assert weight_H is not None
         (raw_TKH,) = block
+        # Anew for every block: kept, the angles would be those of the whole sequence on every rank.
         table = rotary_table(self.config, "full_attention", positions[step], raw_TKH.dtype)
-        return normed_key_value(RawKeyValue(raw_TKH, weight_H), raw_TKH, table, self.config.rms_norm_eps)
+        return normed_key_value(raw_TKH, raw_TKH, weight_H, table, self.config.rms_norm_eps)
 
     def _window(self, whole: AttentionMask) -> WindowMask:
         B, S = whole.num_rows, whole.num_keys
