@@ -60,6 +60,11 @@ def init_process_group(world: World, device: torch.device) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone."""
+    return isinstance(error, dist.DistBackendError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 @dataclass(frozen=True)
 class Mesh:
     """Groups of ranks. Parameters live on one of three meshes, by what splits them besides FSDP.

@@ -30,6 +30,7 @@ from torch import nn
 
 from model.errors import UserError
 from model.init import initialised_tensors
+from parallel.mesh import is_lost_rank
 
 log = logging.getLogger("gemwright")
 
@@ -117,7 +118,8 @@ class Checkpointer:
                 future = Future()
                 future.set_result(None)
         except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-            raise self._failure(partial, error) from None
+            cause = _root_cause(error)
+            raise (cause if is_lost_rank(cause) else self._failure(partial, _said(cause))) from None
         self._pending = (partial, _Background(future, partial, self.rank))
         if not self.asynchronous:
             self.commit()
@@ -134,7 +136,7 @@ class Checkpointer:
         partial, background = self._pending
         self._pending = None
         background.thread.join()
-        failure = None if background.error is None else _root_cause(background.error)
+        failure = None if background.error is None else _said(_root_cause(background.error))
         reports = self._from_all((background.files, failure))
         failure = next((f for _, f in reports if f is not None), None)
         if failure is None and self.rank == 0:
@@ -145,7 +147,7 @@ class Checkpointer:
                 failure = str(error)
         failure = self._from_rank_0(failure)
         if failure is not None:
-            raise self._failure(partial, RuntimeError(failure))
+            raise self._failure(partial, failure)
 
     def _from_rank_0(self, value: Any) -> Any:
         box = [value]
@@ -177,11 +179,10 @@ class Checkpointer:
         os.replace(self.folder / f".{LATEST}", self.folder / LATEST)
         _sync(self.folder)
 
-    def _failure(self, partial: Path, error: BaseException) -> CheckpointError:
+    def _failure(self, partial: Path, cause: str) -> CheckpointError:
         if self.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         name = partial.name.removeprefix(".").removesuffix(".partial")
-        cause = _root_cause(error)
         return CheckpointError(
             f"checkpoint {name} could not be written ({cause}); make room or rights in {self.folder} and start again: "
             "the run goes on from the checkpoint before."
@@ -303,9 +304,11 @@ def _sync(folder: Path) -> None:
     os.close(descriptor)
 
 
-def _root_cause(error: BaseException) -> str:
-    if isinstance(error, dcp.api.CheckpointException):
-        error = next(iter(error.failures.values()))[0]
+def _root_cause(error: BaseException) -> BaseException:
+    return next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
+
+
+def _said(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if "inline_container" in text:  # torch's writer does not say why it got no further
         return "a file could not be written to its end, as on a full disk"

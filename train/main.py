@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from model import UserError
-from parallel.mesh import World, init_process_group, select_device
+from parallel.mesh import World, init_process_group, is_lost_rank, select_device
 from train.load_config import check_layout, load_config
 
 # How long a rank that found the same mistake as rank 0 waits for rank 0's words before it leaves.
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         _leave(world, f"{error}; mend it and start again: the run goes on from its last checkpoint.")
     except RuntimeError as error:
-        if "gloo" not in str(error) and not isinstance(error, dist.DistBackendError):
+        if not is_lost_rank(error):
             traceback.print_exc()
             os._exit(1)
         _leave(world, "lost another rank, whose own words or the launcher's say why.")

@@ -8,6 +8,7 @@ import logging
 import os
 import resource
 import shutil
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 import train.checkpoint
 from model import UserError
-from parallel.mesh import World
+from parallel.mesh import World, is_lost_rank
 from tests.distributed import run_ranks
 from tests.runs import losses, overrides, records, train_on, train_once
 from train.checkpoint import CheckpointError
@@ -138,6 +139,23 @@ def refused(arguments: list[str], ranks: int = 1) -> str:
         return str(caught.value)
 
     return run_ranks(ranks, start)[0]
+
+
+def test_a_rank_lost_during_a_save_is_not_called_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch says of a rank that is gone leaves the save as it is, and `train.main` says it in its own words."""
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+    def save(*args: Any, **options: Any) -> None:
+        raise train.checkpoint.dcp.api.CheckpointException("write", {1: (gone, traceback.StackSummary())})
+
+    monkeypatch.setattr(train.checkpoint.dcp, "save", save)
+
+    def on_rank(world: World) -> bool:
+        with pytest.raises(RuntimeError) as caught:
+            train_once(overrides(tmp_path, *STEPS, "train.steps=1"), world)
+        return caught.value is gone and is_lost_rank(caught.value)
+
+    assert run_ranks(1, on_rank) == [True]
 
 
 def test_another_model_or_tokenizer_is_refused(tmp_path: Path) -> None:
