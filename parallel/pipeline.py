@@ -34,13 +34,14 @@ class Pipeline:
     ) -> None:
         self.stages, self.mesh, self.name, self.count, self.dtype = stages, mesh, schedule, count, dtype
         self._schedules: dict[tuple[int, ...], Any] = {}
-        for stage in stages:
-            _gather_encoders_once(stage)
 
     def step(
         self, micro_batches: Sequence[MicroBatch], loss: Callable[[Computed, int], Tensor], device: torch.device
     ) -> None:
         """Gradients of the sum of `loss(model, number)`, which the last stage calls for each micro-batch."""
+        if not self._schedules:  # the first step: weights are there
+            for stage in self.stages:
+                _gather_encoders_once(stage)
         key = (len(micro_batches), *micro_batches[0].tokens_BS.shape)
         if key not in self._schedules:
             self._schedules[key] = self._schedule(len(micro_batches), micro_batches[0].tokens_BS.numel(), device)
