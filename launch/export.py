@@ -24,8 +24,9 @@ import torch.distributed as dist
 from launch.arguments import run
 from model import Gemma4Config, UserError
 from model.errors import nearest
-from parallel.mesh import DTYPES, World, init_process_group
+from parallel.mesh import World, init_process_group
 from train.checkpoint import Checkpointer, read_state
+from train.config import EXPORT_DTYPES
 from train.export import export
 
 
@@ -38,8 +39,8 @@ class Options:
 
 
 def export_run(options: Options) -> None:
-    if options.dtype not in DTYPES:
-        raise UserError(f"dtype={options.dtype} does not exist; nearest: {nearest(options.dtype, DTYPES)}.")
+    if options.dtype not in EXPORT_DTYPES:
+        raise UserError(f"dtype={options.dtype} does not exist; nearest: {nearest(options.dtype, EXPORT_DTYPES)}.")
     folder = Path(options.run)
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"run={folder} holds no checkpoints; give the run.dir of a training run.")

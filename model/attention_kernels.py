@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from model.masks import AttentionMask, Block
+from model.precision import accumulation_dtype, upcast
 
 AttentionKernel = Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor]
 
@@ -69,7 +70,7 @@ class _Blocked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TNH: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q_TNH, k_BSKH, v_BSKH, out_TNH = ctx.saved_tensors
-        dot_TN = (grad_TNH.float() * out_TNH.float()).sum(dim=-1)
+        dot_TN = (upcast(grad_TNH) * upcast(out_TNH)).sum(dim=-1)
         return *_gradients(q_TNH, k_BSKH, v_BSKH, ctx.mask, None, grad_TNH, dot_TN), None
 
 
@@ -84,7 +85,7 @@ class _BlockedPartial(torch.autograd.Function):
     def forward(ctx: Any, q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor]:
         num_kv_heads = k_BSKH.shape[2]
         out_TNH = torch.zeros_like(q_TNH)
-        lse_TN = q_TNH.new_full(q_TNH.shape[:2], float("-inf"), dtype=torch.float32)
+        lse_TN = q_TNH.new_full(q_TNH.shape[:2], float("-inf"), dtype=accumulation_dtype(q_TNH.dtype))
         for block in mask.blocks:
             q, k, v = _gather(block, num_kv_heads, q_TNH, k_BSKH, v_BSKH)
             scores = _scores(q, k, block, mask)
@@ -99,7 +100,7 @@ class _BlockedPartial(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TNH: Tensor, grad_lse_TN: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q_TNH, k_BSKH, v_BSKH, out_TNH, lse_TN = ctx.saved_tensors
-        dot_TN = (grad_TNH.float() * out_TNH.float()).sum(dim=-1) - grad_lse_TN
+        dot_TN = (upcast(grad_TNH) * upcast(out_TNH)).sum(dim=-1) - grad_lse_TN
         return *_gradients(q_TNH, k_BSKH, v_BSKH, ctx.mask, lse_TN, grad_TNH, dot_TN), None
 
 
@@ -127,7 +128,7 @@ def _gradients(
         keys = (block.row, slice(block.key_start, block.key_end))
         grad_v[keys] += (probabilities.to(v.dtype).mT @ grad).transpose(0, 1)
         dot = _group(dot_TN[rows, :, None], num_kv_heads)
-        grad_scores = (grad @ v.mT).float().sub_(dot).mul_(probabilities).to(q.dtype)
+        grad_scores = upcast(grad @ v.mT).sub_(dot).mul_(probabilities).to(q.dtype)
         grad_q[rows] = _ungroup(grad_scores @ k, block)
         grad_k[keys] += (grad_scores.mT @ q).transpose(0, 1)
     return grad_q, grad_k, grad_v
@@ -156,7 +157,7 @@ def _scores(q: Tensor, k: Tensor, block: Block, mask: AttentionMask) -> Tensor:
     rows = slice(block.query_start, block.query_end)
     keys = torch.arange(block.key_start, block.key_end, device=q.device)
     hidden_QR = (keys < mask.first_key_T[rows, None]) | (keys > mask.last_key_T[rows, None])
-    scores = (q @ k.mT).float()
+    scores = upcast(q @ k.mT)
     num_queries = block.query_end - block.query_start
     scores.unflatten(1, (-1, num_queries)).masked_fill_(hidden_QR, float("-inf"))
     return scores

@@ -18,6 +18,7 @@ from model.clipped_linear import ClippedLinear
 from model.media import Frames
 from model.media_config import AudioConfig
 from model.norm import RMSNorm
+from model.precision import accumulation_dtype, upcast
 
 
 class Clips(NamedTuple):
@@ -53,7 +54,7 @@ class Clips(NamedTuple):
         return cls(
             distance_WC,
             visible_BWC,
-            sinusoid(distances, config.hidden_size).to(like.dtype),
+            sinusoid(distances, config.hidden_size, like.dtype),
             frame_T + gap * (clip_T + 1),
             total + gap * max(len(lengths), 1) + 1,
         )
@@ -128,13 +129,13 @@ class AudioAttention(nn.Module):
 
     def forward(self, x_TD: Tensor, clips: Clips) -> Tensor:
         W, heads = self.config.window, (self.num_heads, self.head_dim)
-        q, k, v = (p(x_TD).float().unflatten(-1, heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (upcast(p(x_TD)).unflatten(-1, heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         q = q * (self.head_dim**-0.5 / math.log(2)) * F.softplus(self.per_dim_scale)
         k = k * (math.log(1 + math.e) / math.log(2))
 
         q_BWNH, k_BCNH, v_BCNH = _blocks(q, W), _contexts(k, W), _contexts(v, W)
         relative = self.relative_k_proj(clips.sinusoid_WD)
-        relative_WCNH = relative.float().unflatten(-1, heads)[clips.distance_WC.clamp(0, W - 1)]
+        relative_WCNH = upcast(relative).unflatten(-1, heads)[clips.distance_WC.clamp(0, W - 1)]
         scores_BNWC = torch.einsum("bwnh,bcnh->bnwc", q_BWNH, k_BCNH)
         scores_BNWC = scores_BNWC + torch.einsum("bwnh,wcnh->bnwc", q_BWNH, relative_WCNH)
         cap = self.config.attention_logit_cap
@@ -206,12 +207,13 @@ class AudioTower(nn.Module):
         return self.output_proj(x_TD)
 
 
-def sinusoid(distances: Tensor, width: int) -> Tensor:
-    """[sin(d f), cos(d f)] with f_m = 10000^(-m / (width / 2 - 1)), in float32."""
+def sinusoid(distances: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """[sin(d f), cos(d f)] with f_m = 10000^(-m / (width / 2 - 1)) in float32."""
     count = width // 2
     step = math.log(10_000.0) / max(count - 1, 1)
-    angles = distances[:, None] * torch.exp(torch.arange(count, device=distances.device) * -step)
-    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+    frequencies = torch.exp(torch.arange(count, device=distances.device) * -step)
+    angles = distances[:, None] * frequencies.to(accumulation_dtype(dtype))
+    return torch.cat((angles.sin(), angles.cos()), dim=-1).to(dtype)
 
 
 def _bounded(x: Tensor, config: AudioConfig) -> Tensor:

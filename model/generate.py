@@ -14,6 +14,7 @@ from model.config import Gemma4Config, LayerType
 from model.gemma4 import Gemma4
 from model.masks import AttentionMask, run_ends
 from model.media import Media, is_vision, token_types
+from model.precision import upcast
 
 
 @dataclass
@@ -96,7 +97,7 @@ def stream(
         )
         past += tokens.shape[1]
         # On the CPU, where every operation has a deterministic form.
-        choice = sample(model.logits(hidden).float().cpu(), temperature, top_k, top_p, generator).to(device)
+        choice = sample(upcast(model.logits(hidden)).cpu(), temperature, top_k, top_p, generator).to(device)
         yield choice.tolist()
         done |= torch.isin(choice, stops)
         if bool(done.all()):

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.precision import accumulation_dtype
+
 
 class CrossEntropy(NamedTuple):
     """Sums over tokens, float32. `total` is differentiable and includes the z-loss."""
@@ -68,7 +70,8 @@ class LossGradients:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         self.weight_VD = weight_VD
         self.of_hidden = torch.empty_like(hidden_TD) if wants_hidden else None
-        self.of_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        dtype = accumulation_dtype(weight_VD.dtype)
+        self.of_weight = torch.zeros_like(weight_VD, dtype=dtype) if wants_weight else None
         self.wanted = wants_hidden or wants_weight
 
     def add(self, start: int, hidden: Tensor, capped: Tensor, grad_fp32: Tensor) -> None:
@@ -76,7 +79,7 @@ class LossGradients:
         grad = grad_fp32.mul_(capped.square_().neg_().add_(1)).to(self.weight_VD.dtype)
         if self.of_hidden is not None:
             torch.mm(grad, self.weight_VD, out=self.of_hidden[start : start + hidden.shape[0]])
-        if self.of_weight is not None and grad.dtype == torch.float32:
+        if self.of_weight is not None and grad.dtype == self.of_weight.dtype:
             self.of_weight.addmm_(grad.T, hidden)
         elif self.of_weight is not None:
             self.of_weight += grad.T @ hidden
@@ -99,7 +102,7 @@ class LossGradients:
 
 def capped_scores_(out: Tensor, hidden: Tensor, weight_VD: Tensor, softcap: float) -> None:
     """Fill a float32 buffer with a chunk's soft-capped scores, in units of the cap."""
-    if hidden.dtype == torch.float32:
+    if hidden.dtype == out.dtype:
         torch.mm(hidden, weight_VD.T, out=out)
     else:
         out.copy_(hidden @ weight_VD.T)
@@ -123,10 +126,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_size: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         gradients = LossGradients(ctx, hidden_TD, weight_VD)
-        nll = hidden_TD.new_zeros((), dtype=torch.float32)
+        dtype = accumulation_dtype(hidden_TD.dtype)
+        nll = hidden_TD.new_zeros((), dtype=dtype)
         z = nll.clone()
         # Three buffers serve every chunk: fresh ones of this size would cost more than the arithmetic.
-        buffers = hidden_TD.new_empty((3, min(chunk_size, hidden_TD.shape[0]), weight_VD.shape[0]), dtype=torch.float32)
+        buffers = hidden_TD.new_empty((3, min(chunk_size, hidden_TD.shape[0]), weight_VD.shape[0]), dtype=dtype)
         for start in range(0, hidden_TD.shape[0], chunk_size):
             hidden, labels = hidden_TD[start : start + chunk_size], labels_T[start : start + chunk_size, None]
             capped, scores, log_p = buffers[:, : hidden.shape[0]].unbind()

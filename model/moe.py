@@ -14,6 +14,19 @@ from torch import Tensor, nn
 
 from model.config import Gemma4Config
 from model.norm import RMSNorm
+from model.precision import accumulation_dtype, upcast
+
+
+def grouped_mm(x_TK: Tensor, weight_EKN: Tensor, *, offs: Tensor) -> Tensor:
+    """Each expert's rows of x times its matrix [T, N]; `offs[e]` is the end of expert e's rows.
+
+    torch's kernel has no float64, where experts run one after the other.
+    """
+    if x_TK.dtype != torch.float64:
+        return F.grouped_mm(x_TK, weight_EKN, offs=offs)
+    ends = offs.tolist()
+    parts = zip([0, *ends], ends, weight_EKN, strict=False)
+    return torch.cat([x_TK[start:end] @ weight_KN for start, end, weight_KN in parts])
 
 
 class Router(nn.Module):
@@ -40,10 +53,10 @@ class Router(nn.Module):
         scores_TE = self.proj(self.norm(x_TD) * self.scale * self.root_size)
         if self.balance is not None:
             scores_TE = self.balance(scores_TE)
-        probabilities_TE = scores_TE.softmax(dim=-1, dtype=torch.float32)
+        probabilities_TE = scores_TE.softmax(dim=-1, dtype=accumulation_dtype(scores_TE.dtype))
         weights, indices = probabilities_TE.topk(self.top_k, dim=-1)
         weights = weights / weights.sum(dim=-1, keepdim=True)
-        return weights * self.per_expert_scale[indices].float(), indices
+        return weights * upcast(self.per_expert_scale[indices]), indices
 
 
 class _Dispatch(torch.autograd.Function):
@@ -86,7 +99,7 @@ class Experts(nn.Module):
         E, D, F_ = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, F_))
-        self.grouped_mm = F.grouped_mm
+        self.grouped_mm = grouped_mm
 
     def forward(self, x_TD: Tensor, weights_Tk: Tensor, indices_Tk: Tensor) -> Tensor:
         return run_routed(x_TD, weights_Tk, indices_Tk, self.gate_up_proj, self.down_proj, self.grouped_mm)
@@ -98,7 +111,7 @@ def run_routed(
     indices_Tk: Tensor,
     gate_up_EFD: Tensor,
     down_EDF: Tensor,
-    grouped_mm: Callable[..., Tensor] = F.grouped_mm,
+    grouped_mm: Callable[..., Tensor] = grouped_mm,
 ) -> Tensor:
     """Each token's weighted sum [T, D] over its experts, all of which are here."""
     num_tokens, top_k = indices_Tk.shape
@@ -114,7 +127,7 @@ def run_routed(
 
 
 def run_experts(
-    x: Tensor, offsets: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, grouped_mm: Callable[..., Tensor] = F.grouped_mm
+    x: Tensor, offsets: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, grouped_mm: Callable[..., Tensor] = grouped_mm
 ) -> Tensor:
     """Each expert over its rows of x, which are grouped by expert; `offsets[e]` is the end of expert e's rows."""
     gate, up = grouped_mm(x, gate_up_EFD.transpose(-2, -1), offs=offsets).chunk(2, dim=-1)

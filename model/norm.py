@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.precision import upcast
+
 
 class RMSNorm(nn.Module):
     """`y = x * (mean(x^2) + eps)^(-1/2) * w` over the last dim; `with_scale=False` has no w."""
@@ -23,5 +25,5 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
     """`RMSNorm` with a weight from elsewhere, or none; in the dtype of x."""
-    weight = None if weight_D is None else weight_D.float()
-    return F.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)
+    weight = None if weight_D is None else upcast(weight_D)
+    return F.rms_norm(upcast(x), x.shape[-1:], weight, eps).to(x.dtype)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.config import Gemma4Config, LayerType
+from model.precision import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def inverse_frequencies(config: Gemma4Config, layer_type: LayerType, device: tor
 def rotary_table(config: Gemma4Config, layer_type: LayerType, positions_T: Tensor, dtype: torch.dtype) -> RotaryTable:
     """Angles in float32, cos and sin cast to the activation dtype."""
     frequencies = inverse_frequencies(config, layer_type, positions_T.device)
-    angles_TR = positions_T.float()[:, None] * frequencies[None, :]
+    angles_TR = positions_T[:, None] * frequencies.to(accumulation_dtype(dtype))
     return RotaryTable(angles_TR.cos().to(dtype), angles_TR.sin().to(dtype))
 
 
@@ -49,7 +50,7 @@ def axial_rotary_table(head_dim: int, theta: float, positions_T2: Tensor, dtype:
     """cos and sin [T, 2, H/4]: one half of the head turns with the column, the other with the row."""
     half = head_dim // 2
     frequencies = 1.0 / theta ** (torch.arange(0, half, 2, device=positions_T2.device).float() / half)
-    angles_T2R = positions_T2[..., None].float() * frequencies
+    angles_T2R = positions_T2[..., None] * frequencies.to(accumulation_dtype(dtype))
     return RotaryTable(angles_T2R.cos().to(dtype), angles_T2R.sin().to(dtype))
 
 

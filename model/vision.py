@@ -16,6 +16,7 @@ from model.masks import AttentionMask, segment_mask
 from model.media import Patches
 from model.media_config import VisionConfig, VisionEmbedderConfig
 from model.norm import RMSNorm
+from model.precision import accumulation_dtype, upcast
 from model.rope import RotaryTable, apply_axial_rotary, axial_rotary_table
 
 
@@ -28,7 +29,9 @@ class PatchEmbedder(nn.Module):
         self.position_embedding_table = nn.Parameter(torch.ones(2, config.position_embedding_size, config.hidden_size))
 
     def forward(self, patches: Patches) -> Tensor:
-        x_TD = self.input_proj((2 * (patches.values_TC - 0.5)).to(self.input_proj.weight.dtype))
+        dtype = self.input_proj.weight.dtype
+        values_TC = patches.values_TC.to(accumulation_dtype(dtype))
+        x_TD = self.input_proj((2 * (values_TC - 0.5)).to(dtype))
         columns, rows = patches.positions_T2.unbind(dim=-1)
         x_table, y_table = self.position_embedding_table
         return x_TD + (F.embedding(columns, x_table) + F.embedding(rows, y_table))
@@ -111,10 +114,10 @@ class VisionTower(nn.Module):
         for layer in self.encoder.layers:
             x_TD = layer(x_TD, table, mask)
         # The patches of one soft token lie together; the factor sqrt(D) overflows float16, so float32 from here.
-        pooled = x_TD.unflatten(0, (-1, config.patches_per_token)).float().mean(dim=1).to(x_TD.dtype)
-        pooled = pooled.float() * config.hidden_size**0.5
+        pooled = upcast(x_TD.unflatten(0, (-1, config.patches_per_token))).mean(dim=1).to(x_TD.dtype)
+        pooled = upcast(pooled) * config.hidden_size**0.5
         if config.standardize:
-            pooled = (pooled - self.std_bias.float()) * self.std_scale.float()
+            pooled = (pooled - upcast(self.std_bias)) * upcast(self.std_scale)
         return pooled.to(x_TD.dtype)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from model import Gemma4, Gemma4Config
 from model.init import Fill
+from model.precision import accumulation_dtype
 from parallel.activation_checkpoint import apply_activation_checkpoint
 from parallel.balance import RouterBalance, watch_routers
 from parallel.context import ContextParallel
@@ -79,6 +80,8 @@ def build_parallel_model(
     with torch.device("meta"):
         stages = _stages(config, mesh, options) if layout.pp > 1 else []
         parts: Sequence[Gemma4] = stages or [Gemma4(config)]
+    for part in parts:
+        part.to(accumulation_dtype(options.compute_dtype))  # master weights
     context = ContextParallel(config, mesh.cp) if layout.cp > 1 else None
     tensor, products = None, ""
     routers: list[RouterBalance] = []

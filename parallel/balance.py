@@ -18,6 +18,7 @@ from torch import Tensor
 
 from model import Gemma4
 from model.decoder import DecoderLayer
+from model.precision import upcast
 from parallel.collectives import summed
 
 
@@ -57,12 +58,12 @@ class _AddLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores_TE: Tensor, choices_E: Tensor, router: RouterBalance) -> Tensor:
         num_experts = scores_TE.shape[1]
-        scores = scores_TE.float()
+        scores = upcast(scores_TE)
         log_z_T1 = scores.logsumexp(dim=-1, keepdim=True)
         probabilities_TE = (scores - log_z_T1).exp()
         tokens = scores.new_tensor([len(scores)])
         sums = router.summed(
-            torch.cat((choices_E.float(), probabilities_TE.sum(dim=0), log_z_T1.square().sum().view(1), tokens))
+            torch.cat((choices_E.to(scores), probabilities_TE.sum(dim=0), log_z_T1.square().sum().view(1), tokens))
         )
         sums[-1].clamp_min_(1.0)
         share_E = sums[:num_experts] / sums[:num_experts].sum().clamp_min(1.0)

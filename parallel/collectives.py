@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.precision import upcast
+
 
 class _Collective(torch.autograd.Function):
     """A linear collective `there`, whose backward is the collective `back`."""
@@ -152,15 +154,17 @@ class _FetchRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TC: Tensor) -> tuple[Tensor, None, None, None, None]:
         inverse_T, is_padding_T, local = ctx.saved_tensors
-        grad_UC = torch.zeros(sum(ctx.sends), grad_TC.shape[1], device=grad_TC.device)
-        grad_UC.index_add_(0, inverse_T, grad_TC.float().masked_fill(is_padding_T[:, None], 0.0))
+        grad_TC = upcast(grad_TC)
+        grad_UC = grad_TC.new_zeros(sum(ctx.sends), grad_TC.shape[1])
+        grad_UC.index_add_(0, inverse_T, grad_TC.masked_fill(is_padding_T[:, None], 0.0))
         grads = _all_to_all(grad_UC, ctx.sends, ctx.receives, ctx.owners.shards)
         shape, device = ctx.table
         ids = local.to(grads.device)
         if ctx.owners.replicas is not None:
             ids, grads = _from_all_replicas(ids, grads, ctx.owners.replicas)
         # In the order of ranks, so replicas, which add up the same, stay the same.
-        table_grad = torch.zeros(shape, device=device).index_add_(0, ids.to(device), grads.to(device))
+        ids, grads = ids.to(device), grads.to(device)
+        table_grad = grads.new_zeros(shape).index_add_(0, ids, grads)
         return table_grad, None, None, None, None
 
 

@@ -18,7 +18,8 @@ from torch.distributed.tensor import Shard
 
 from model import Gemma4
 from model.decoder import DecoderLayer
-from model.moe import Experts, run_experts, run_routed
+from model.moe import Experts, grouped_mm, run_experts, run_routed
+from model.precision import accumulation_dtype, upcast
 from parallel.collectives import exchange_counts, exchange_rows, gather_tokens
 from parallel.mesh import Mesh
 from parallel.sharded import local_part, sharded_parameter
@@ -40,7 +41,7 @@ class ParallelExperts(nn.Module):
             self.gate_up_proj, self.down_proj = (
                 sharded_parameter(p, mesh, (Shard(0),)) for p in (self.gate_up_proj, self.down_proj)
             )
-        self.group, self.plan, self.grouped_mm = mesh.get_group(), plan, F.grouped_mm
+        self.group, self.plan, self.grouped_mm = mesh.get_group(), plan, grouped_mm
         self.held = experts.gate_up_proj.shape[0] // mesh.size()
         self.first = mesh.get_local_rank() * self.held
 
@@ -68,8 +69,8 @@ class ParallelExperts(nn.Module):
         )
         out_AD = self._local(x_AD, weights_Ak, indices_Ak - self.first)
         out_CD = exchange_rows(out_AD.to(x_TD.dtype), receives, sends, self.group)
-        out_TD = torch.zeros(x_TD.shape, device=x_TD.device)
-        return out_TD.index_add(0, token_C, out_CD.float()).to(x_TD.dtype)
+        out_TD = torch.zeros_like(x_TD, dtype=accumulation_dtype(x_TD.dtype))
+        return out_TD.index_add(0, token_C, upcast(out_CD)).to(x_TD.dtype)
 
     def _local(self, x_AD: Tensor, weights_Ak: Tensor, local_Ak: Tensor) -> Tensor:
         """The weighted sum [A, D], float32, over those of each copy's experts that are here."""
@@ -80,8 +81,8 @@ class ParallelExperts(nn.Module):
         offsets = torch.bincount(expert, minlength=self.held).cumsum(0).to(torch.int32)
         gate_up, down = local_part(self.gate_up_proj), local_part(self.down_proj)
         y = run_experts(x_AD[row], offsets, gate_up, down, self.grouped_mm)
-        weighted = y.float() * weights_Ak[row, slot, None]
-        return torch.zeros(x_AD.shape, device=x_AD.device).index_add(0, row, weighted)
+        weighted = upcast(y) * weights_Ak[row, slot, None]
+        return torch.zeros_like(x_AD, dtype=weighted.dtype).index_add(0, row, weighted)
 
 
 def apply_expert_parallel(model: Gemma4, mesh: Mesh, plan: TensorParallel | None) -> None:

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from model import Gemma4
 from model.gemma4 import ENCODERS
+from model.precision import accumulation_dtype
 from parallel.mesh import Mesh
 
 
@@ -46,9 +47,10 @@ def shard(
 
     Gradients are summed, not averaged: the trainer divides the loss by the global token count.
     """
+    masters = accumulation_dtype(compute_dtype)
     policy = MixedPrecisionPolicy(
-        param_dtype=compute_dtype if compute_dtype != torch.float32 else None,
-        reduce_dtype=torch.float32,
+        param_dtype=compute_dtype if compute_dtype != masters else None,
+        reduce_dtype=masters,
         cast_forward_inputs=False,
     )
     offload = CPUOffloadPolicy(pin_memory=mesh.whole.device_type == "cuda") if cpu_offload else OffloadPolicy()

@@ -14,7 +14,7 @@ from model.config import ConfigError
 from parallel.layout import Layout
 
 DEVICES = ("auto", "cpu", "cuda")
-DTYPES = ("auto", "bfloat16", "float32")
+DTYPES = ("auto", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,9 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """One of `DTYPES`; auto is bfloat16 on a GPU and float32 on a CPU."""
     if wanted == "auto":
         wanted = "bfloat16" if device.type == "cuda" else "float32"
-    return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+    dtype = getattr(torch, wanted)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def select_device(wanted: str, world: World) -> torch.device:

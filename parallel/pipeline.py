@@ -13,6 +13,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
 
 from model.gemma4 import ENCODERS
+from model.precision import accumulation_dtype
 from parallel.collectives import swap
 from parallel.mesh import Mesh
 from parallel.sharded import local_part
@@ -75,7 +76,7 @@ class Pipeline:
         for position, stage in enumerate(self.stages):
             index = self.mesh.at["pp"] + position * pp
             before: tuple[Tensor, ...] = (torch.zeros(1, dtype=torch.long),)
-            after: tuple[Tensor, ...] = (torch.zeros(1, requires_grad=True),)
+            after: tuple[Tensor, ...] = (torch.zeros(1, dtype=accumulation_dtype(self.dtype), requires_grad=True),)
             if not stage.is_first:
                 before = crossing(stage.span.start)
             if not stage.is_last:

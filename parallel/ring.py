@@ -16,6 +16,7 @@ from torch import Tensor
 from model.attention import KeyValue
 from model.attention_kernels import partial_attention
 from model.masks import AttentionMask
+from model.precision import accumulation_dtype, upcast
 from parallel.collectives import Passing, pass_around
 
 Parts = tuple[AttentionMask | None, ...]
@@ -55,8 +56,8 @@ class _Ring(torch.autograd.Function):
         group: dist.ProcessGroup,
         *own: Tensor,
     ) -> Tensor:
-        out_TNH = torch.zeros_like(q_TNH, dtype=torch.float32)
-        lse_TN = torch.full_like(q_TNH[..., 0], float("-inf"), dtype=torch.float32)
+        out_TNH = torch.zeros_like(q_TNH, dtype=accumulation_dtype(q_TNH.dtype))
+        lse_TN = torch.full_like(out_TNH[..., 0], float("-inf"))
         block = own = tuple(t.contiguous() for t in own)
         for step, part in enumerate(parts):
             passing = pass_around(block, group) if step + 1 < len(parts) else None
@@ -65,7 +66,7 @@ class _Ring(torch.autograd.Function):
                 # Finite from the first block on, in which every query sees a key.
                 merged_TN = torch.logaddexp(lse_TN, partial_lse_TN)
                 out_TNH.mul_((lse_TN - merged_TN).exp_()[..., None])
-                out_TNH.addcmul_(partial_TNH.float(), (partial_lse_TN - merged_TN).exp_()[..., None])
+                out_TNH.addcmul_(upcast(partial_TNH), (partial_lse_TN - merged_TN).exp_()[..., None])
                 lse_TN = merged_TN
             if passing is not None:
                 block = passing.wait()
@@ -78,7 +79,7 @@ class _Ring(torch.autograd.Function):
     def backward(ctx: Any, grad_TNH: Tensor) -> tuple[Tensor | None, ...]:
         q_TNH, weight, out_TNH, lse_TN, *block = ctx.saved_tensors
         inputs = [q_TNH] if weight is None else [q_TNH, weight]
-        sums = [torch.zeros_like(t, dtype=torch.float32) for t in inputs]
+        sums = [_sum_of(t) for t in inputs]
         coming: Passing | None = None
         for step, part in enumerate(ctx.parts):
             passing = pass_around(tuple(block), ctx.group) if step + 1 < len(ctx.parts) else None
@@ -88,7 +89,7 @@ class _Ring(torch.autograd.Function):
                 for total, more in zip(sums, found, strict=False):
                     total += more
             # The sums of a block go with it, a step behind, so that they travel while the next is computed.
-            of_block = coming.wait() if coming else tuple(torch.zeros_like(t, dtype=torch.float32) for t in block)
+            of_block = coming.wait() if coming else tuple(map(_sum_of, block))
             for total, more in zip(of_block, found[len(sums) :], strict=False):
                 total += more
             coming = pass_around(of_block, ctx.group)
@@ -98,6 +99,11 @@ class _Ring(torch.autograd.Function):
         grad_q, *grad_weight = (total.to(t.dtype) for total, t in zip(sums, inputs, strict=True))
         grads = (total.to(t.dtype) for total, t in zip(coming.wait(), block, strict=True))
         return grad_q, grad_weight[0] if grad_weight else None, None, None, None, *grads
+
+
+def _sum_of(x: Tensor) -> Tensor:
+    """Zeros, to which gradients of x are added."""
+    return torch.zeros_like(x, dtype=accumulation_dtype(x.dtype))
 
 
 def _block_gradients(
@@ -117,7 +123,7 @@ def _block_gradients(
         made = make(step, leaves[-len(block) :], None if weight is None else leaves[1])
         partial_TNH, partial_lse_TN = partial_attention(leaves[0], *made, part)
     weight_TN = (partial_lse_TN.detach() - lse_TN).exp_()
-    weighted_TNH = weight_TN[..., None] * grad_TNH.float()
-    grad_lse_TN = (weighted_TNH * (partial_TNH.detach().float() - out_TNH.float())).sum(dim=-1)
+    weighted_TNH = weight_TN[..., None] * upcast(grad_TNH)
+    grad_lse_TN = (weighted_TNH * (upcast(partial_TNH.detach()) - upcast(out_TNH))).sum(dim=-1)
     grads = (weighted_TNH.to(partial_TNH.dtype), grad_lse_TN.to(partial_lse_TN.dtype))
     return torch.autograd.grad((partial_TNH, partial_lse_TN), leaves, grads)

@@ -14,7 +14,7 @@ def sharded_parameter(parameter: Tensor, mesh: DeviceMesh, placements: tuple[Pla
     """A parameter of the same shape and name on `meta`, of which this rank holds its part."""
     shape = parameter.shape
     local_shape, _ = compute_local_shape_and_global_offset(shape, mesh, placements)
-    local = torch.empty(local_shape, device="meta")
+    local = torch.empty(local_shape, dtype=parameter.dtype, device="meta")
     whole = DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=parameter.stride())
     return nn.Parameter(whole, requires_grad=parameter.requires_grad)
 

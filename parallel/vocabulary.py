@@ -24,6 +24,7 @@ from model.head import (
     default_chunk_size,
     softcapped_logits,
 )
+from model.precision import accumulation_dtype
 from parallel.collectives import gather_tokens, summed
 from parallel.sharded import local_part, sharded_parameter
 from parallel.token_split import TensorParallel
@@ -118,10 +119,11 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor, Tensor]:
         gradients = LossGradients(ctx, hidden_TD, weight_VD)
-        nll = hidden_TD.new_zeros((), dtype=torch.float32)
+        dtype = accumulation_dtype(hidden_TD.dtype)
+        nll = hidden_TD.new_zeros((), dtype=dtype)
         z = nll.clone()
         # As in `model.head`, the same buffers serve every chunk.
-        buffers = hidden_TD.new_empty((2, min(chunk_size, hidden_TD.shape[0]), weight_VD.shape[0]), dtype=torch.float32)
+        buffers = hidden_TD.new_empty((2, min(chunk_size, hidden_TD.shape[0]), weight_VD.shape[0]), dtype=dtype)
         for start in range(0, hidden_TD.shape[0], chunk_size):
             hidden, local = hidden_TD[start : start + chunk_size], labels_T[start : start + chunk_size] - first_row
             mine = ((local >= 0) & (local < weight_VD.shape[0])).nonzero()[:, 0]
@@ -129,7 +131,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             capped, exponentials = buffers[:, : hidden.shape[0]].unbind()
             capped_scores_(capped, hidden, weight_VD, softcap)
             torch.mul(capped, softcap, out=exponentials).exp_()
-            parts = hidden.new_zeros((2, hidden.shape[0]), dtype=torch.float32)
+            parts = hidden.new_zeros((2, hidden.shape[0]), dtype=dtype)
             parts[0] = exponentials.sum(dim=1)
             parts[1, mine] = capped[mine, local] * softcap
             sums, scores = summed(parts, group)

@@ -2,9 +2,10 @@
 
     python -m tests.sweep --seed 0 --count 100     # draws 0:0 to 0:99
     python -m tests.sweep --seed 0 --only 17       # one of them again
+    python -m tests.sweep --dtype float32          # in float32, with its bounds
 
 Each draws a variant with sizes, a mesh of 2, 4 or 8 ranks, a batch of packed documents and options,
-trains a few float32 steps, and compares loss, gradient norm and every gradient with one process.
+trains a few steps, and compares loss, gradient norm and every gradient with one process.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ import torch
 
 from model import ConfigError
 from parallel.layout import AXES, Layout, problem
-from tests.meshes import BOUNDS, VARIANTS, Case, check, run
+from tests.meshes import VARIANTS, Case, check, run
 
 
-def draw_case(seed: str) -> Case:
-    """A legal case; a function of the seed alone."""
+def draw_case(seed: str, dtype: torch.dtype = torch.float64) -> Case:
+    """A legal case; a function of the seed and dtype alone."""
     draw = random.Random(seed)
     while True:
         variant = draw.choice(VARIANTS)
-        case = replace(_draw_model(draw, variant), layout=_draw_layout(draw, variant), options=_draw_options(draw))
+        model = _draw_model(draw, variant, dtype)
+        case = replace(model, layout=_draw_layout(draw, variant), options=_draw_options(draw))
         try:
             if problem(case.layout, case.config, case.length) is None and check(case) is None:
                 return case
@@ -38,7 +40,7 @@ def draw_case(seed: str) -> Case:
             continue
 
 
-def _draw_model(draw: random.Random, variant: str) -> Case:
+def _draw_model(draw: random.Random, variant: str, dtype: torch.dtype) -> Case:
     shared = variant in ("e2b", "e4b")
     pattern = draw.choice((2, 3))
     layers = draw.choice((4, 6, 7, 8))
@@ -60,7 +62,9 @@ def _draw_model(draw: random.Random, variant: str) -> Case:
         sizes["num_global_key_value_heads"] = draw.choice((1, 2))
     if variant == "26b_a4b":
         experts = draw.choice((4, 8))
-        sizes |= {"num_experts": experts, "top_k_experts": experts}
+        # In float32 rounding may swap two near-equal experts, so every one is chosen.
+        chosen = draw.choice((1, 2, 3, experts)) if dtype == torch.float64 else experts
+        sizes |= {"num_experts": experts, "top_k_experts": chosen}
     return Case(
         variant,
         sizes=tuple(sizes.items()),
@@ -69,6 +73,7 @@ def _draw_model(draw: random.Random, variant: str) -> Case:
         length=draw.choice((16, 32, 48)),
         steps=2,
         seed=draw.getrandbits(16),
+        dtype=dtype,
     )
 
 
@@ -97,6 +102,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--only", type=int, default=None, help="run this draw alone")
+    parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -104,10 +110,10 @@ def main() -> int:
     draws = range(arguments.count) if arguments.only is None else [arguments.only]
     failed = []
     for index in draws:
-        case, started = draw_case(f"{arguments.seed}:{index}"), time.perf_counter()
+        case, started = draw_case(f"{arguments.seed}:{index}", getattr(torch, arguments.dtype)), time.perf_counter()
         try:
             found = run(case)
-            good = found.loss < BOUNDS.loss and found.norm < BOUNDS.norm and found.gradient < BOUNDS.gradient
+            good = found.within(case.dtype)
             result = f"loss {found.loss:.1e} norm {found.norm:.1e} gradient {found.gradient:.1e} {found.worst}"
         except AssertionError as error:
             good, result = False, str(error).strip().splitlines()[-1]

@@ -14,6 +14,8 @@ from model.hub import resolve
 from model.media_config import AudioEmbedderConfig, VisionEmbedderConfig
 from parallel.layout import AXES, Layout, resolve_layout
 
+EXPORT_DTYPES = ("auto", "bfloat16", "float32")
+
 
 @dataclass
 class RunConfig:
@@ -24,7 +26,10 @@ class RunConfig:
     device: str = "auto"
     """auto | cpu | cuda"""
     dtype: str = "auto"
-    """Compute: bfloat16 | float32; auto is bfloat16 on a GPU and float32 on a CPU. Master weights are float32."""
+    """Compute: bfloat16 | float32; auto is bfloat16 on a GPU and float32 on a CPU. Master weights are float32.
+
+    float64 computes and keeps everything in it, slowly: in it meshes agree to 1e-10 or differ by a mistake.
+    """
     resume: str = "auto"
     """auto (the newest whole checkpoint in dir, if any) | never | a checkpoint folder"""
 

@@ -85,7 +85,7 @@ class Engine:
         given = [MicroBatch(b.tokens_BS, b.positions_BS, b.supervised_BS, b.media, self._masks(b)) for b in batches]
         pipeline.step(given, loss, self.device)
         if not sums:  # stages before the last see no loss
-            sums |= {name: torch.zeros((), device=self.device) for name in self.objective.sums}
+            sums |= {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in self.objective.sums}
 
     def clip(self, max_norm: float) -> float:
         """Clip gradients to a global norm; returns the norm before."""
@@ -108,7 +108,7 @@ class Engine:
 
     def _add(self, sums: dict[str, Tensor], loss: Loss) -> None:
         for name, value in {"loss": loss.nll, "count": loss.count, **loss.metrics}.items():
-            value = value.detach().float()
+            value = value.detach().double()
             if self.parallel.mesh.at["tp"]:  # ranks of tp compute the same loss
                 value = torch.zeros_like(value)
             sums[name] = sums.get(name, 0) + value

@@ -28,7 +28,7 @@ from model.errors import nearest
 from parallel.cut import SCHEDULES, check_pipeline
 from parallel.layout import Layout
 from parallel.mesh import DEVICES, DTYPES, micro_batch_size
-from train.config import ENCODERS, Config, ModelConfig
+from train.config import ENCODERS, EXPORT_DTYPES, Config, ModelConfig
 
 CONFIG_FOLDER = Path(configs.__file__).parent
 GROUPS = ("variant",)
@@ -43,7 +43,7 @@ CHOICES = {
     "float8.recipe": ("none", "tensorwise", "rowwise"),
     "schedule.name": ("constant", "linear", "cosine", "wsd"),
     "activation_checkpoint.mode": ("none", "full", "selective"),
-    "export.dtype": DTYPES,
+    "export.dtype": EXPORT_DTYPES,
     "model.vision": ("none", "freeze", "projector", "train"),
     "model.audio": ("none", "freeze", "projector", "train"),
     "trackers.wandb.mode": ("disabled", "offline", "online"),
@@ -199,6 +199,10 @@ def _validate(config: Config) -> None:
             raise ConfigError(
                 f"model.{encoder}={wanted} would keep a tower of random weights; give model.weights, or set train."
             )
+    if config.run.dtype == "float64" and config.float8.recipe != "none":
+        raise ConfigError(
+            f"float8.recipe={config.float8.recipe} rounds what run.dtype=float64 would prove; set float8.recipe=none."
+        )
     if config.data.sequence_length > model.max_position_embeddings:
         raise ConfigError(
             f"data.sequence_length={config.data.sequence_length} exceeds the model's max_position_embeddings; "

@@ -21,6 +21,7 @@ from model.attention_kernels import kernel_for
 from model.hf_format import Weights
 from model.init import Fill, random_fill
 from model.media import Media
+from model.precision import accumulation_dtype
 from parallel.apply import Options, build_parallel_model
 from parallel.balance import read_balance
 from parallel.mesh import World, build_mesh, compute_dtype, micro_batch_size
@@ -302,13 +303,14 @@ class Trainer:
             whole = Gemma4(model)
         parameters = sum(p.numel() for p in whole.parameters())
         log.info(
-            "%s: %s parameters | %d %s ranks: %s | compute %s, masters float32",
+            "%s: %s parameters | %d %s ranks: %s | compute %s, masters %s",
             config.model.weights or config.model.name,  # type: ignore[attr-defined]
             f"{parameters:,}",
             self.world.size,
             self.device.type,
             self.layout,
             str(self.dtype).removeprefix("torch."),
+            str(accumulation_dtype(self.dtype)).removeprefix("torch."),
         )
         for name, part in whole.named_children():
             if name != "language_model" and next(part.parameters(), None) is not None:

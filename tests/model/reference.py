@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from model import Gemma4, Gemma4Config
+from tests.compare import in_double
 
 FAMILIES = ("e2b", "e4b", "12b", "26b_a4b", "31b")
 
@@ -108,12 +113,37 @@ def perturbed_reference(config: Gemma4Config, seed: int) -> Gemma4ForCausalLM:
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("layer_scalar") or (tensor.dim() == 1 and name in dict(model.named_parameters())):
-                tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+                tensor.copy_(vector_scale(name, tensor) * (0.5 + torch.rand(tensor.shape, generator=generator)))
             elif tensor.dim() >= 2 and "embed" not in name:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * tensor.shape[-1] ** -0.5)
             elif tensor.dim() >= 2:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
     return model
+
+
+def vector_scale(name: str, vector: Tensor) -> float:
+    """Query norms near head_dim^-1/2, where training takes them, so that scores have a deviation near 1; the rest 1.
+
+    There is no score scale. At 1, where they start, scores deviate by the square root of the head width: attention so
+    sharp turns rounding of 1e-7 into gradients that differ by 1e-4, whoever computes them.
+    """
+    return vector.numel() ** -0.5 if name.endswith("q_norm.weight") else 1.0
+
+
+@contextmanager
+def reference_in_double(reference: Any) -> Iterator[None]:
+    """The reference in float64, also where its code asks for float32 by name or keeps a constant in it."""
+    by_name = patch.object(torch.Tensor, "float", torch.Tensor.double), patch.object(torch, "float32", torch.float64)
+    with in_double(reference):
+        for module in reference.modules():
+            if hasattr(module, "scalar_embed_scale"):
+                module.embed_scale.fill_(module.scalar_embed_scale)
+        with by_name[0], by_name[1]:
+            yield
+
+
+EXACT = 1e-11
+"""Relative difference to the reference where both are in float64, which rounds at 1e-16."""
 
 
 def to_bfloat16(reference: Gemma4ForCausalLM) -> Gemma4ForCausalLM:
@@ -181,8 +211,3 @@ def ours_step(
     )
     (loss.total / keep.sum()).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def relative_error(a: Tensor, b: Tensor) -> float:
-    """Frobenius norm of the difference over that of the reference b."""
-    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()

@@ -50,12 +50,12 @@ def test_blocked_equals_plain_attention(length: int, window: int | None, packed:
     mask, inputs = make(length, window, packed, subset)
     expected, found = plain(*inputs, mask), blocked(*inputs, mask)
     grad = torch.randn(expected.shape, dtype=torch.float64)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)  # scores pass through float32
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
     if mask.num_queries:
         for a, b in zip(
             torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
         ):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("subset", [False, True])

@@ -19,19 +19,19 @@ T, V, D, CAP = 37, 301, 16, 30.0
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 def test_values_and_gradients_equal_the_plain_loss(chunk_size: int, z_loss: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    hidden = (torch.randn(T, D, generator=generator) * 3).requires_grad_()
-    weight = (torch.randn(V, D, generator=generator) * 3).requires_grad_()
+    hidden, weight = (torch.randn(n, D, generator=generator, dtype=torch.float64) * 3 for n in (T, V))
+    hidden.requires_grad_(), weight.requires_grad_()
     labels = torch.randint(0, V, (T,), generator=generator)
     logits = softcapped_logits(hidden @ weight.T, CAP)
     nll = F.cross_entropy(logits, labels, reduction="sum")
     z = logits.logsumexp(-1).square().sum()
     expected = torch.autograd.grad((nll + z_loss * z) / T, (hidden, weight))
     found = linear_cross_entropy(hidden, weight, labels, softcap=CAP, z_loss=z_loss, chunk_size=chunk_size)
-    torch.testing.assert_close(found.nll, nll, rtol=1e-6, atol=0)
-    torch.testing.assert_close(found.z, z, rtol=1e-6, atol=0)
-    torch.testing.assert_close(found.total, nll + z_loss * z, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.nll, nll, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.z, z, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.total, nll + z_loss * z, rtol=1e-12, atol=0)
     for a, b in zip(torch.autograd.grad(found.total / T, (hidden, weight)), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
 
 
 def test_bfloat16_hidden_states_give_a_float32_loss() -> None:

@@ -20,7 +20,10 @@ from model.hf_format import INDEX, disk_key, our_name
 from model.hub import load_model, load_tokenizer, resolve
 from model.variants import VARIANT_NAMES
 from tests.model.multimodal import random_whole_config, save_reference, whole_reference
-from tests.model.reference import perturbed_reference, random_config
+from tests.model.reference import (
+    perturbed_reference,
+    random_config,
+)
 from tests.report import report
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from model import Gemma4
 from model.head import linear_cross_entropy
 from model.hub import load_model
 from model.media import Media
+from tests.compare import in_double, relative_error
 from tests.model.multimodal import (
     Example,
     disk_names,
@@ -23,7 +23,11 @@ from tests.model.multimodal import (
     save_reference,
     whole_reference,
 )
-from tests.model.reference import FAMILIES, relative_error
+from tests.model.reference import (
+    EXACT,
+    FAMILIES,
+    reference_in_double,
+)
 from tests.report import report
 
 BOUND = 1e-4
@@ -58,15 +62,6 @@ def reference_gradients(reference: Any, example: Example, names: dict[str, str])
     return logits.detach(), {names[n]: p.grad for n, p in reference.named_parameters() if p.grad is not None}
 
 
-def in_double(reference: Any, run: Callable[[], Any]) -> Any:
-    """What the reference gives in float64; its audio attention casts to float32 by name, which here means float64."""
-    reference.double()
-    with patch.object(torch.Tensor, "float", torch.Tensor.double):
-        result = run()
-    reference.float()
-    return result
-
-
 def our_gradients(
     model: Gemma4, example: Example, document_ids: Tensor | None = None, positions: Tensor | None = None
 ) -> dict[str, Tensor]:
@@ -92,18 +87,29 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return family, model, reference
 
 
-def compare(family: str, case: str, found: Any, wanted: Any, exact: Any) -> None:
-    """Logits and gradients within the bound, or within three times the reference's own rounding; reported."""
-    (logits, grads), (wanted_logits, wanted_grads), (exact_logits, exact_grads) = found, wanted, exact
+Result = tuple[Tensor, dict[str, Tensor]]
+"""Logits and gradients."""
+
+
+def compare(family: str, case: str, ours: Gemma4, reference: Any, found: Callable[[], Result], wanted: Any) -> None:
+    """Equal in float64; in float32 within the bound, or within three times the reference's own rounding."""
+    (logits, grads), (wanted_logits, wanted_grads) = found(), wanted()
+    with reference_in_double(reference):
+        exact_logits, exact_grads = wanted()
+    with in_double(ours):
+        doubled_logits, doubled_grads = found()
+    exact = {name: relative_error(doubled_grads[name], exact_grads[name]) for name in exact_grads}
+    exact["logits"] = relative_error(doubled_logits, exact_logits)
     error, floor = ((a - wanted_logits).abs().max().item() for a in (logits, exact_logits))
     errors = {name: relative_error(grads[name], wanted_grads[name]) for name in wanted_grads}
     floors = {name: relative_error(wanted_grads[name], exact_grads[name]) for name in wanted_grads}
     worst = max(errors, key=lambda name: errors[name] / max(BOUND, 3 * floors[name]))
     report(
-        "Equality with transformers, encoders included, fp32",
+        "Equality with transformers, encoders included, float64 and float32",
         {
             "family": family,
             "case": case,
+            "float64": f"{max(exact.values()):.1e}",
             "max |dlogit|": f"{error:.1e}",
             "its fp32-fp64": f"{floor:.1e}",
             "gradients": len(grads),
@@ -113,6 +119,7 @@ def compare(family: str, case: str, found: Any, wanted: Any, exact: Any) -> None
         },
     )
     assert grads.keys() == wanted_grads.keys()
+    assert max(exact.values()) < EXACT, max(exact, key=lambda name: exact[name])
     assert error < max(BOUND, 3 * floor)
     for name in grads:
         assert errors[name] < max(BOUND, 3 * floors[name]), name
@@ -129,13 +136,15 @@ def test_logits_and_gradients_equal_the_reference(pair: tuple[str, Gemma4, Any],
         rows = [[piece for piece in row if isinstance(piece, int) or piece[0] != "audio"] for row in rows]
     example = make_example(ours.config, rows, seed=len(case))
     names = disk_names(reference)
-    wanted = reference_gradients(reference, example, names)
-    exact = in_double(reference, lambda: reference_gradients(reference, example, names))
-    with torch.no_grad():
-        logits = ours.logits(ours(example.tokens_BS, media=example.media))
-    grads = our_gradients(ours, example)
-    assert any(not name.startswith("language_model.") for name in grads) == (case != "text")
-    compare(family, case, (logits, grads), wanted, exact)
+
+    def found() -> Result:
+        with torch.no_grad():
+            logits = ours.logits(ours(example.tokens_BS, media=example.media))
+        grads = our_gradients(ours, example)
+        assert any(not name.startswith("language_model.") for name in grads) == (case != "text")
+        return logits, grads
+
+    compare(family, case, ours, reference, found, lambda: reference_gradients(reference, example, names))
 
 
 def test_packed_documents_with_images_equal_the_reference_one_by_one(pair: tuple[str, Gemma4, Any]) -> None:
@@ -145,7 +154,7 @@ def test_packed_documents_with_images_equal_the_reference_one_by_one(pair: tuple
     documents = [make_example(ours.config, [p], seed=i) for i, p in enumerate(pieces)]
     names = disk_names(reference)
 
-    def one_by_one() -> tuple[Tensor, dict[str, Tensor]]:
+    def one_by_one() -> Result:
         steps = [reference_gradients(reference, d, names) for d in documents]
         counts = [int((d.labels_BS != -100).sum()) for d in documents]
         summed: dict[str, Tensor] = {}
@@ -154,14 +163,16 @@ def test_packed_documents_with_images_equal_the_reference_one_by_one(pair: tuple
                 summed[name] = summed.get(name, 0) + grad * (count / sum(counts))
         return torch.cat([logits for logits, _ in steps], dim=1), summed
 
-    wanted = one_by_one()
-    exact = in_double(reference, one_by_one)
     tokens, labels = (torch.cat([getattr(d, n) for d in documents], dim=1) for n in ("tokens_BS", "labels_BS"))
     lengths = torch.tensor([d.tokens_BS.shape[1] for d in documents])
     document_ids = torch.arange(3).repeat_interleave(lengths)[None]
     positions = torch.cat([torch.arange(n) for n in lengths.tolist()])[None]
     media = Media.build(ours.config, tokens, [image for d in documents for image in d.images])
     packed = Example(tokens, labels, media, {}, [], [])
-    with torch.no_grad():
-        logits = ours.logits(ours(tokens, positions, document_ids, media=media))
-    compare(family, "packed", (logits, our_gradients(ours, packed, document_ids, positions)), wanted, exact)
+
+    def together() -> Result:
+        with torch.no_grad():
+            logits = ours.logits(ours(tokens, positions, document_ids, media=media))
+        return logits, our_gradients(ours, packed, document_ids, positions)
+
+    compare(family, "packed", ours, reference, together, one_by_one)

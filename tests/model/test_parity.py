@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.compare import in_double, relative_error
 from tests.model.reference import (
+    EXACT,
     FAMILIES,
     ours_from,
     ours_step,
     perturbed_reference,
     random_config,
+    reference_in_double,
     reference_step,
-    relative_error,
     to_bfloat16,
 )
 from tests.report import report
@@ -36,10 +38,18 @@ def test_logits_and_gradients_equal_the_reference(family: str, seed: int) -> Non
 
     for kind, wanted in (("all", labels), ("few", few)):
         logits, grads = reference_step(reference, tokens, wanted)
-        exact_logits, exact_grads = reference_step(reference.double(), tokens, wanted)
-        reference.float()
+        with reference_in_double(reference):
+            exact_logits, exact_grads = reference_step(reference, tokens, wanted)
         with torch.no_grad():
             ours_logits = ours.logits(ours(tokens))
+        with in_double(ours):
+            doubled_grads = ours_step(ours, tokens, wanted)
+            with torch.no_grad():
+                doubled_logits = ours.logits(ours(tokens))
+        exact = max(
+            relative_error(doubled_logits, exact_logits),
+            *(relative_error(doubled_grads[name], exact_grads[name]) for name in exact_grads),
+        )
         logit_error = (ours_logits - logits).abs().max().item()
         logit_floor = (logits - exact_logits).abs().max().item()
         ours_grads = ours_step(ours, tokens, wanted)
@@ -48,13 +58,14 @@ def test_logits_and_gradients_equal_the_reference(family: str, seed: int) -> Non
         floors = {name: relative_error(grads[name], exact_grads[name]) for name in grads}
         worst = max(errors, key=lambda name: errors[name] / max(BOUND, 3 * floors[name]))
         report(
-            "Equality with transformers, fp32",
+            "Equality with transformers, float64 and float32",
             {
                 "family": family,
                 "seed": seed,
                 "supervised": kind,
                 "length": length,
                 "window": config.sliding_window,
+                "float64": f"{exact:.1e}",
                 "max |dlogit|": f"{logit_error:.1e}",
                 "its fp32-fp64": f"{logit_floor:.1e}",
                 "worst gradient": worst.removeprefix("language_model."),
@@ -62,6 +73,7 @@ def test_logits_and_gradients_equal_the_reference(family: str, seed: int) -> Non
                 "fp32-fp64": f"{floors[worst]:.1e}",
             },
         )
+        assert exact < EXACT
         assert logit_error < max(BOUND, 3 * logit_floor)
         for name, error in errors.items():
             assert error < max(BOUND, 3 * floors[name]), name

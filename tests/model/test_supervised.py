@@ -7,14 +7,16 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from model.masks import attention_mask
+from tests.compare import relative_error
 from tests.model.reference import (
+    EXACT,
     FAMILIES,
     ours_from,
     ours_step,
     perturbed_reference,
     random_config,
+    reference_in_double,
     reference_step,
-    relative_error,
 )
 
 
@@ -22,21 +24,22 @@ from tests.model.reference import (
 def test_packed_documents_equal_documents_on_their_own(family: str) -> None:
     config = random_config(family, 1)
     reference = perturbed_reference(config, 1)
-    ours = ours_from(reference, config)
+    ours = ours_from(reference, config).double()
     pieces = [torch.randint(3, config.vocab_size, (1, n)) for n in (19, 1, 30)]
     tokens = torch.cat(pieces, dim=1)
     ids = torch.cat([torch.full_like(p, i) for i, p in enumerate(pieces)], dim=1)
     positions = torch.cat([torch.arange(p.shape[1])[None] for p in pieces], dim=1)
     with torch.no_grad():
         together = ours.logits(ours(tokens, positions, ids))
-        apart = torch.cat([reference(p, use_cache=False).logits for p in pieces], dim=1)
-    assert (together - apart).abs().max() < 1e-4
+        with reference_in_double(reference):
+            apart = torch.cat([reference(p, use_cache=False).logits for p in pieces], dim=1)
+    assert relative_error(together, apart) < EXACT
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_skipping_unsupervised_work_changes_no_gradient(family: str) -> None:
     config = random_config(family, 2)
-    ours = ours_from(perturbed_reference(config, 2), config)
+    ours = ours_from(perturbed_reference(config, 2), config).double()
     tokens = torch.randint(0, config.vocab_size, (2, 150))
     labels = torch.full_like(tokens, -100)
     labels[0, -4:], labels[1, 60:75] = 5, 9
@@ -46,7 +49,7 @@ def test_skipping_unsupervised_work_changes_no_gradient(family: str) -> None:
     assert skipped.keys() == whole.keys()
     for name in whole:
         assert whole[name].norm() > 0, name
-        assert relative_error(skipped[name], whole[name]) < 1e-5, name
+        assert relative_error(skipped[name], whole[name]) < EXACT, name
 
 
 def test_consumer_layers_and_the_last_layer_see_supervised_rows_only() -> None:
@@ -67,11 +70,12 @@ def test_consumer_layers_and_the_last_layer_see_supervised_rows_only() -> None:
 def test_gradients_of_shared_keys_and_values_survive_recomputation(family: str, skip: bool) -> None:
     config = random_config(family, 3)
     reference = perturbed_reference(config, 3)
-    ours = ours_from(reference, config)
+    ours = ours_from(reference, config).double()
     tokens = torch.randint(0, config.vocab_size, (2, 40))
     labels = torch.full_like(tokens, -100)
     labels[:, -6:] = torch.randint(0, config.vocab_size, (2, 6))
-    _, expected = reference_step(reference, tokens, labels)
+    with reference_in_double(reference):
+        _, expected = reference_step(reference, tokens, labels)
     for layer in ours.language_model.layers:
         forward = layer.forward
         layer.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
@@ -79,7 +83,7 @@ def test_gradients_of_shared_keys_and_values_survive_recomputation(family: str, 
     producers = {config.layer(i).kv_source for i in range(config.first_kv_shared_layer, config.num_hidden_layers)}
     assert producers
     for name in expected:
-        assert relative_error(found[name], expected[name]) < 1e-4, name
+        assert relative_error(found[name], expected[name]) < EXACT, name
     for producer in producers:
         assert expected[f"language_model.layers.{producer}.self_attn.k_proj.weight"].norm() > 0
 

@@ -13,7 +13,7 @@ from parallel.apply import Options, build_parallel_model
 from parallel.layout import Layout
 from parallel.mesh import World, build_mesh
 from tests.distributed import run_ranks
-from tests.meshes import CPU, LEARNING_RATE, Case, initial_values, rows, share_of
+from tests.meshes import CPU, LEARNING_RATES, Case, initial_values, rows, share_of
 from tests.report import report
 from train.checkpoint import Checkpointer
 from train.config import OptimizerConfig
@@ -45,9 +45,9 @@ class Running:
     def __init__(self, variant: str, layout: Layout, world: World, seed: int) -> None:
         self.case, self.rank = Case(variant, layout, seed=seed), world.rank
         mesh = build_mesh(CPU, layout)
-        options = Options(sequence_length=self.case.length)
+        options = Options(sequence_length=self.case.length, compute_dtype=self.case.dtype)
         self.parallel = build_parallel_model(self.case.config, mesh, CPU, initial_values(seed), options)
-        self.optimizer = build_optimizer(self.parallel.model, OptimizerConfig(lr=LEARNING_RATE))
+        self.optimizer = build_optimizer(self.parallel.model, OptimizerConfig(lr=LEARNING_RATES[self.case.dtype]))
         self.engine = Engine(self.parallel, CrossEntropy(), CPU)
 
     def step(self, number: int) -> float:
@@ -96,7 +96,7 @@ def test_any_mesh_loads_what_any_mesh_saved(variant: str, tmp_path: Path) -> Non
 
     saved = {name: save(name) for name in meshes}
     for one, other in pairwise(saved.values()):
-        assert max(abs(a / b - 1) for a, b in zip(one, other, strict=True)) < 1e-5
+        assert max(abs(a / b - 1) for a, b in zip(one, other, strict=True)) < 1e-10
     for name in meshes:
         for other, losses in load(name).items():
             errors = [abs(a / b - 1) for a, b in zip(losses, saved[other][2:], strict=True)]
@@ -105,4 +105,4 @@ def test_any_mesh_loads_what_any_mesh_saved(variant: str, tmp_path: Path) -> Non
                 {"variant": variant, "saved on": other, "loaded on": name}
                 | {"next": f"{errors[0]:.1e}", "after": f"{errors[1]:.1e}"},
             )
-            assert max(errors) < 1e-6
+            assert max(errors) < 1e-10

@@ -15,9 +15,9 @@ from parallel.layout import Layout
 from parallel.mesh import World, build_mesh
 from parallel.sharded import local_part
 from parallel.token_split import TensorParallel
+from tests.compare import relative_error
 from tests.distributed import run_ranks
 from tests.meshes import CPU, SMALL
-from tests.model.reference import relative_error
 
 EXPERTS, TOP_K, WIDTH = 8, 3, 32
 CONFIG = Gemma4Config.from_name(

@@ -145,8 +145,14 @@ def learn(model: Gemma4, seed: int) -> float:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_of_a_model_that_has_learned_are_those_of_bfloat16(variant: str) -> None:
+    """Queries start as long as training makes them: else 40 steps grow any rounding into another model, and how far
+    float8 turns its gradient (cosines from 0.991 to 0.998 over six seeds) is another number on every processor."""
     model = Gemma4(config_of(variant))
     model.init_weights(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("q_norm.weight"):
+                parameter.mul_(parameter.numel() ** -0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for step in range(40):

@@ -1,41 +1,51 @@
-"""Every mesh of every variant gives the numbers of one process: five float32 optimizer steps, every gradient.
+"""Every mesh of every variant gives the numbers of one process: a few optimizer steps, every gradient.
 
-Rows are packed documents with unsupervised spans and one row without any label. What passes here
-is the support matrix of the README.
+Rows are packed documents with unsupervised spans and one row without any label. What passes here is the support
+matrix of the README. In float64 a mesh agrees to 1e-10 or differs by a mistake, on any processor; float32, in which
+rounding is all that is left to differ, is tried on the meshes that use most plans.
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
+import torch
 
 from parallel.layout import Layout
-from tests.matrix import MESHES, cases, written
-from tests.meshes import BOUNDS, Case, Errors, run
+from tests.matrix import MESHES, on_mesh, written
+from tests.meshes import VARIANTS, Case, Errors, run_all
 from tests.report import report
 
 
-def hold(title: str, mesh: str, case: Case) -> Errors:
-    found = run(case)
+def hold(title: str, mesh: str, variant: str, dtype: torch.dtype, found: Errors) -> None:
     report(
         title,
         {
             "mesh": mesh,
-            "variant": case.variant,
-            "options": ", ".join(f"{name}={value}" for name, value in case.options),
+            "variant": variant,
+            "dtype": str(dtype).removeprefix("torch."),
             "loss": f"{found.loss:.1e}",
             "gradient norm": f"{found.norm:.1e}",
             "worst gradient": f"{found.gradient:.1e}",
+            "bound": f"{found.bound:.1e}",
         },
     )
-    return found
+    assert found.within(dtype), found
 
 
-@pytest.mark.parametrize(
-    ("mesh", "case"), cases(), ids=lambda value: value if isinstance(value, str) else value.variant
-)
-def test_a_mesh_equals_one_process(mesh: str, case: Case) -> None:
-    found = hold("Meshes against one process, fp32, 5 steps, relative errors", mesh, case)
-    assert found.loss < BOUNDS.loss and found.norm < BOUNDS.norm and found.gradient < BOUNDS.gradient, found
+@pytest.mark.parametrize(("mesh", "variant"), [(mesh, v) for mesh, kind in MESHES.items() for v in kind.variants])
+def test_a_mesh_equals_one_process(mesh: str, variant: str) -> None:
+    """Three steps, of which the last two need the state of the optimizer; `tests.matrix` takes five."""
+    found = on_mesh(mesh, 3)[variant]
+    hold("Meshes against one process, relative errors", mesh, variant, torch.float64, found)
+
+
+@pytest.mark.parametrize("mesh", ["dp2·tp2+sp·cp2", "pp2·dp2·tp2"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_mesh_equals_one_process_in_float32(variant: str, mesh: str) -> None:
+    found = on_mesh(mesh, 5, torch.float32)[variant]
+    hold("Meshes against one process, relative errors", mesh, variant, torch.float32, found)
 
 
 OPTIONS: dict[str, Case] = {
@@ -50,8 +60,10 @@ OPTIONS: dict[str, Case] = {
     ),
     "selective": Case("31b", Layout(cp=2, tp=2), (("activation_checkpoint", "selective"),)),
     "selective, ep": Case("26b_a4b", Layout(dp_shard=2, ep=2), (("activation_checkpoint", "selective"),)),
-    "routed to 3 of 8 experts": Case("26b_a4b", Layout(dp_shard=2, tp=2, ep=4), steps=1),
-    "routed, no sequence parallel": Case("26b_a4b", Layout(tp=2, cp=2, ep=4, sequence_parallel=False), steps=1),
+    "routed, no sequence parallel": Case("26b_a4b", Layout(tp=2, cp=2, ep=4, sequence_parallel=False)),
+    "routed to 3 of 8 experts in float32": Case(
+        "26b_a4b", Layout(dp_shard=2, tp=2, ep=4), steps=1, dtype=torch.float32
+    ),
     "a vocabulary that does not divide": Case("12b", Layout(tp=4), sizes=(("vocab_size", 203),)),
     "the same, sharded further": Case("31b", Layout(dp_shard=2, tp=2), sizes=(("vocab_size", 203),)),
     "fewer experts than ranks": Case("26b_a4b", Layout(dp_shard=4), sizes=(("num_experts", 2), ("top_k_experts", 2))),
@@ -61,10 +73,17 @@ OPTIONS: dict[str, Case] = {
 }
 
 
+@cache
+def on_ranks(ranks: int) -> dict[str, Errors]:
+    named = {name: case for name, case in OPTIONS.items() if case.layout.world_size == ranks}
+    return dict(zip(named, run_all(list(named.values())), strict=True))
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_change_no_number(name: str) -> None:
-    found = hold("Options on meshes against one process", name, OPTIONS[name])
-    assert found.loss < BOUNDS.loss and found.norm < BOUNDS.norm and found.gradient < BOUNDS.gradient, found
+    case = OPTIONS[name]
+    found = on_ranks(case.layout.world_size)[name]
+    hold("Options on meshes against one process, relative errors", name, case.variant, case.dtype, found)
 
 
 def test_the_readme_shows_the_meshes_that_are_tested() -> None:

@@ -21,7 +21,11 @@ from parallel.layout import Layout, nearest_layout
 from parallel.mesh import World, build_mesh
 from tests.distributed import run_ranks
 from tests.model.multimodal import make_example, random_whole_config, save_reference, whole_reference
-from tests.model.reference import FAMILIES, perturbed_reference, random_config
+from tests.model.reference import (
+    FAMILIES,
+    perturbed_reference,
+    random_config,
+)
 from train.checkpoint import Checkpointer
 from train.config import OptimizerConfig
 from train.export import MANIFEST, ExportError, Origin, export

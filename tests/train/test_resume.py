@@ -28,6 +28,7 @@ STEPS = [
     "train.sample_every=7",
     "train.sample_tokens=4",
     "run.deterministic=true",
+    "run.dtype=float64",  # other numbers of ranks add in other orders
 ]
 
 
@@ -91,7 +92,7 @@ def test_a_killed_run_goes_on(killed: Path, ranks: int) -> None:
         assert found == expected, "the same layout goes on bit for bit"
         whole = torch.load(killed / "parameters.pt")
         assert all(torch.equal(parameters[name], whole[name]) for name in whole)
-    assert error < 1e-5
+    assert error < 1e-10
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
