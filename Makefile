@@ -17,6 +17,7 @@ train: setup
 
 test: setup lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m tests.processors --quick
 
 lint: setup
 	$(BIN)/ruff check .

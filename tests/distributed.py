@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot  # noqa: F401  imported here once, so that no forked rank has to
+import torch
 import torch._dynamo  # the same
 import torch.distributed as dist
-import torch.distributed.pipelining  # noqa: F401  the same
+import torch.distributed.pipelining
 
 from parallel.mesh import World
 
@@ -44,6 +45,7 @@ def _fork(rank: int, world_size: int, function: Callable[[World], Any], folder: 
         return child
     status: tuple[bool, Any]
     try:
+        torch.set_num_threads(int(os.environ.get("RANK_THREADS", "1")))
         store = dist.FileStore(str(folder / "store"), world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
         status = True, function(World(rank, world_size, rank, world_size))

@@ -23,7 +23,7 @@ from parallel.cut import check_pipeline
 from parallel.grad_norm import num_holders
 from parallel.layout import Layout, resolve_layout
 from parallel.mesh import World, build_mesh, micro_batch_size
-from tests.compare import relative_error
+from tests.compare import hold, relative_error
 from tests.distributed import run_ranks
 from train.config import OptimizerConfig
 from train.engine import Engine
@@ -108,6 +108,12 @@ class Errors:
     def within(self, dtype: torch.dtype) -> bool:
         most = SUMS_WITHIN[dtype]
         return self.loss < most and self.norm < most and self.gradient < self.bound
+
+    def hold(self, kind: str, dtype: torch.dtype, *where: object) -> None:
+        kind = f"{kind}, {str(dtype).removeprefix('torch.')}"
+        hold(f"{kind}: loss", self.loss, SUMS_WITHIN[dtype], where)
+        hold(f"{kind}: gradient norm", self.norm, SUMS_WITHIN[dtype], where)
+        hold(f"{kind}: gradients", self.gradient, self.bound, (*where, self.worst))
 
 
 def check(case: Case) -> None:

@@ -24,7 +24,7 @@ from model.media import token_types
 from parallel.collectives import gather_tokens
 from parallel.context import ContextParallel, RingMask, WindowMask
 from parallel.mesh import World
-from tests.compare import relative_error
+from tests.compare import hold, relative_error
 from tests.distributed import run_ranks
 from tests.report import report
 
@@ -166,8 +166,8 @@ def test_hidden_states_and_gradients_are_those_of_one_process(ranks: int) -> Non
         for name, grad in grads.items():
             assert grad.norm() > 0, name
             errors.append(relative_error(torch.stack([part[name] for _, part in parts]).sum(0), grad))
-            assert errors[-1] < TOLERANCE, (case, name)
-        assert errors[0] < TOLERANCE, case
+            hold("context parallel, gradients, float64", errors[-1], TOLERANCE, (case, name))
+        hold("context parallel, hidden states, float64", errors[0], TOLERANCE, case)
         if skip:
             report(
                 "Context parallel against one process, float64, relative error",

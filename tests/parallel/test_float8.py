@@ -28,6 +28,7 @@ from parallel.float8 import apply_float8, float8_grouped_mm, float8_product, rou
 from parallel.layout import Layout
 from parallel.linear import ParallelLinear
 from parallel.mesh import World, build_mesh
+from tests.compare import hold
 from tests.distributed import run_ranks
 from tests.meshes import CPU, VARIANTS, whole_gradients
 from tests.report import report
@@ -121,7 +122,8 @@ def test_loss_and_gradients_are_close_to_those_without_it(variant: str, recipe: 
             {"variant": variant, "recipe": recipe, "dtype": dtype, "cosine": f"{alike:.4f}"},
         )
         assert loss == pytest.approx(expected, rel=2e-2) and loss != expected
-        assert 0.9 < alike < 0.999
+        hold("float8 without training, 1 - cosine", 1 - alike, 0.1)
+        assert alike < 0.999  # it rounds: nearer, and part of the products would have been left alone
 
 
 def next_tokens(seed: int) -> tuple[Tensor, Tensor]:
@@ -174,7 +176,9 @@ def test_gradients_of_a_model_that_has_learned_are_those_of_bfloat16(variant: st
         "Gradients in float8 against bfloat16 after 40 steps, cosine",
         {"variant": variant} | {recipe: f"{value:.4f}" for recipe, value in alike.items()},
     )
-    assert all(0.99 < value < 0.99999 for value in alike.values())
+    for recipe, value in alike.items():
+        hold("float8 against bfloat16 after 40 steps, 1 - cosine", 1 - value, 0.01, recipe)
+        assert value < 0.99999
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -282,7 +286,7 @@ def test_a_mesh_equals_one_rank() -> None:
             "Meshes in float8 against one rank, rowwise",
             {"variant": variant, "mesh": layout, "loss": f"{errors[0]:.1e}", "gradient": f"{errors[1]:.1e}"},
         )
-        assert max(errors) < 1e-3, (variant, layout)
+        hold("float8 on meshes, rowwise", max(errors), 1e-3, (variant, layout))
 
 
 def drawn(*shape: int) -> Tensor:

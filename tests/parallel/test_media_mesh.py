@@ -16,7 +16,7 @@ from parallel.apply import Options, build_parallel_model
 from parallel.fsdp import require_gradient_sync
 from parallel.layout import Layout
 from parallel.mesh import World, build_mesh
-from tests.compare import relative_error
+from tests.compare import hold, relative_error
 from tests.distributed import run_ranks
 from tests.meshes import Case, gradient_errors, rows, share_of, whole_gradients
 from tests.model.multimodal import make_example
@@ -110,7 +110,7 @@ def test_media_on_some_ranks_give_the_gradients_of_one_process(
         worst = max(relative_error(found[name], expected[name]) for name in found)
         exact = "compute_dtype" not in options  # bfloat16 is one rounding of the same batches on any rank
         assert abs(found_loss / alone - 1) < (1e-12 if exact else 1e-6)
-        assert worst < (1e-10 if exact else 1e-4)
+        hold(f"media on some ranks, {'float64' if exact else 'bfloat16'}", worst, 1e-10 if exact else 1e-4)
     trained = {name.partition(".")[0] for name in expected}
     encoders = {"vision_tower", "vision_embedder", "embed_vision", "audio_tower", "embed_audio"}
     with torch.device("meta"):
@@ -181,7 +181,7 @@ def test_media_on_any_mesh_give_the_gradients_of_one_process(
     found = run_ranks(layout.world_size, lambda world: run(world, layout))[0]
     worst = max(found, key=lambda key: found[key])
     report("Media on meshes", {"variant": name[7:], "mesh": layout, "worst": worst, "error": f"{found[worst]:.1e}"})
-    assert found[worst] < 1e-10, (worst, found[worst])
+    hold("media on meshes, float64", found[worst], 1e-10, worst)
 
 
 def test_a_pipeline_whose_towers_see_nothing_goes_on() -> None:

@@ -31,7 +31,7 @@ def hold(title: str, mesh: str, variant: str, dtype: torch.dtype, found: Errors)
             "bound": f"{found.bound:.1e}",
         },
     )
-    assert found.within(dtype), found
+    found.hold(title.partition(" ")[0].lower(), dtype, mesh, variant)
 
 
 @pytest.mark.parametrize(("mesh", "variant"), [(mesh, v) for mesh, kind in MESHES.items() for v in kind.variants])

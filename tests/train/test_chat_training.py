@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from model.hub import load_model
+from tests.compare import hold
 from tests.data.chat_files import CONFIGS, TOKENIZER, chat, model, text, user, write, write_media
 from tests.model.multimodal import save_reference, whole_reference
 from tests.report import report
@@ -23,7 +24,10 @@ STEPS = 4
 @pytest.fixture(scope="module", params=sorted(CONFIGS))
 def released(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
-    save_reference(whole_reference(CONFIGS[request.param], 0), folder)
+    config = CONFIGS[request.param]
+    shared = 2 if config.num_kv_shared_layers else 0
+    config = config.replace(num_hidden_layers=4, sliding_window_pattern=2, num_kv_shared_layers=shared)
+    save_reference(whole_reference(config, 0), folder)
     TOKENIZER.save(str(folder / "tokenizer.json"))
     return folder
 
@@ -92,8 +96,8 @@ def test_every_mesh_and_worker_count_gives_the_same_losses(released: Path, conve
                 "max |dparam|": f"{moved:.1e}",
             },
         )
-        assert difference < 1e-10
-        assert moved < 1e-9
+        hold("conversations with media on meshes, float64: loss", difference, 1e-10, ranks)
+        hold("conversations with media on meshes, float64: parameters", moved, 1e-9, ranks)
 
 
 def test_a_killed_run_goes_on_and_its_export_opens(released: Path, conversations: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from parallel.mesh import World
+from tests.compare import hold
 from tests.distributed import run_ranks
 from tests.report import report
 from tests.runs import losses, overrides, records, train_on
@@ -92,7 +93,7 @@ def test_a_killed_run_goes_on(killed: Path, ranks: int) -> None:
         assert found == expected, "the same layout goes on bit for bit"
         whole = torch.load(killed / "parameters.pt")
         assert all(torch.equal(parameters[name], whole[name]) for name in whole)
-    assert error < 1e-10
+    hold("killed and resumed on other ranks, float64: loss", error, 1e-10)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
