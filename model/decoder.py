@@ -122,15 +122,17 @@ def decode(
     narrowed_contexts: dict[LayerType, LayerContext],
     rows: Rows | None,
     narrow_at: int,
-    shared: dict[LayerType, KeyValue],
+    received: Mapping[LayerType, KeyValue] | None = None,
     store: KeyValueStore | None = None,
-) -> Tensor:
-    """Run the layers, filling `shared`; with `rows`, the stream narrows to them at layer `narrow_at`.
+) -> tuple[Tensor, dict[LayerType, KeyValue]]:
+    """Run the layers: the new stream, and by type the keys and values that later layers read.
 
-    That is the last layer whose keys are read, or a later one. No later layer makes keys or
-    values, so another position's stream past that point reaches nothing: its queries,
-    feed-forward and per-layer input are not computed.
+    `received` are those that layers before these made. With `rows`, the stream narrows to them at layer
+    `narrow_at`, which is the last layer whose keys are read, or a later one. No layer after it makes keys
+    or values, so another position's stream past that point reaches nothing: its queries, feed-forward and
+    per-layer input are not computed.
     """
+    shared = dict(received or {})
     for layer in layers:
         config = cast(LayerConfig, layer.layer)
         narrowed = rows is not None and config.index >= narrow_at
@@ -144,4 +146,4 @@ def decode(
         )
         if key_value is not None:
             shared[config.type] = key_value
-    return x_TD
+    return x_TD, shared

@@ -95,13 +95,17 @@ class Gemma4(nn.Module):
         if masks is None:
             masks = layer_masks(config, types_BS, document_ids)
         rows = None if supervised is None else self.stream.rows(supervised)
+        # The last layer that makes keys and values (of all, where no layers share them): past it, only positions whose
+        # output is wanted can still reach the loss.
         narrow_at = config.first_kv_shared_layer - 1
         x_TD, per_layer = self.embed(tokens_BS, types_BS, media, rows, narrow_at)
         contexts, narrowed = self.contexts(masks, positions, rows, x_TD.dtype)
-        x_TD = decode(text.layers, x_TD, per_layer, contexts, narrowed, rows, narrow_at, {}, store)
+        x_TD, _ = decode(text.layers, x_TD, per_layer, contexts, narrowed, rows, narrow_at, store=store)
         x_TD = text.norm(x_TD)
         if rows is None:
             return x_TD.unflatten(0, (num_rows, length))
+        # A plan may have padded the rows to divide among ranks. A view would hand the loss, which makes its gradient
+        # in the forward, a buffer of another shape.
         return x_TD if len(x_TD) == rows.count else x_TD[: rows.count].clone()
 
     def embed(

@@ -7,6 +7,7 @@ drops small gradients; this one is exact.)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -36,8 +37,19 @@ class Head(nn.Module):
         return softcapped_logits(F.linear(hidden, weight_VD), self.softcap)
 
     def forward(self, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, z_loss: float = 0.0) -> CrossEntropy:
-        """As `linear_cross_entropy`."""
+        """The fused loss: see `linear_cross_entropy`."""
         return linear_cross_entropy(hidden_TD, weight_VD, labels_T, softcap=self.softcap, z_loss=z_loss)
+
+    def log_probs(
+        self, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_size: int | None = None
+    ) -> Tensor:
+        """Log-probability [T] of each label, differentiable, for objectives that weigh tokens afterwards.
+
+        In the accumulation dtype. Scores are made chunk by chunk, and again in the backward, so no tensor is [T, V].
+        """
+        if chunk_size is None:
+            chunk_size = default_chunk_size(hidden_TD.device, weight_VD.shape[0])
+        return _LogProbs.apply(hidden_TD, weight_VD, labels_T, self.softcap, chunk_size)
 
 
 def softcapped_logits(logits: Tensor, cap: float) -> Tensor:
@@ -64,7 +76,7 @@ def linear_cross_entropy(
 
 
 class LossGradients:
-    """Gradients of hidden states and head, which the forward of a chunked loss makes as it goes."""
+    """Gradients of hidden states and head, which a loss makes chunk by chunk, in its forward or its backward."""
 
     def __init__(self, ctx: Any, hidden_TD: Tensor, weight_VD: Tensor) -> None:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
@@ -154,3 +166,43 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         return *LossGradients.scaled(ctx, grad_total), None, None, None, None
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, softcap: float, chunk_size: int
+    ) -> Tensor:
+        found_T = hidden_TD.new_empty(hidden_TD.shape[0], dtype=accumulation_dtype(hidden_TD.dtype))
+        for rows, capped, scores in score_chunks(hidden_TD, weight_VD, softcap, chunk_size):
+            torch.log_softmax(scores, dim=-1, out=capped)
+            found_T[rows] = capped.gather(1, labels_T[rows, None])[:, 0]
+        ctx.save_for_backward(hidden_TD, weight_VD, labels_T)
+        ctx.softcap, ctx.chunk_size = softcap, chunk_size
+        return found_T
+
+    @staticmethod
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TD, weight_VD, labels_T = ctx.saved_tensors
+        gradients = LossGradients(ctx, hidden_TD, weight_VD)
+        for rows, capped, scores in score_chunks(hidden_TD, weight_VD, ctx.softcap, ctx.chunk_size):
+            weights_T1 = grad_T[rows, None]
+            torch.softmax(scores, dim=-1, out=scores)
+            scores.mul_(-weights_T1).scatter_add_(1, labels_T[rows, None], weights_T1)
+            gradients.add(rows.start, hidden_TD[rows], capped, scores)
+        of_weight = gradients.of_weight
+        return gradients.of_hidden, None if of_weight is None else of_weight.to(weight_VD.dtype), None, None, None
+
+
+def score_chunks(
+    hidden_TD: Tensor, weight_VD: Tensor, softcap: float, chunk_size: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows of a chunk, its scores in units of the cap, and its scores: two buffers that serve every chunk."""
+    shape = (2, min(chunk_size, hidden_TD.shape[0]), weight_VD.shape[0])
+    buffers = hidden_TD.new_empty(shape, dtype=accumulation_dtype(hidden_TD.dtype))
+    for start in range(0, hidden_TD.shape[0], chunk_size):
+        rows = slice(start, min(start + chunk_size, hidden_TD.shape[0]))
+        capped, scores = buffers[:, : rows.stop - start].unbind()
+        capped_scores_(capped, hidden_TD[rows], weight_VD, softcap)
+        torch.mul(capped, softcap, out=scores)
+        yield rows, capped, scores

@@ -103,6 +103,11 @@ class Weights:
         """Read slices of the model's tensors, file after file; nothing is read if any tensor does not fit."""
         self._check()
         by_file: dict[Path, list[Slice]] = {}
+        unknown = [part.name for part in slices if part.name not in self.entries]
+        if unknown:
+            raise WeightsError(
+                f"{self.folder} has no {unknown[0]}, which was added to its model; give values to what is added first."
+            )
         for part in slices:
             by_file.setdefault(self.entries[part.name].file, []).append(part)
         for file, parts in by_file.items():

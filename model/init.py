@@ -43,22 +43,21 @@ def random_fill(seed: int, std: float, padding_row: int) -> Fill:
 
 
 def init_parameters(model: nn.Module, seed: int, std: float, padding_row: int) -> None:
-    """Initialise whole parameters and persistent buffers in place."""
+    """Initialise whole parameters and buffers in place."""
     random_fill(seed, std, padding_row)(whole_slices(model))
 
 
 def whole_slices(model: nn.Module) -> list[Slice]:
-    """Every parameter and persistent buffer of a model that lies on one device."""
+    """Every parameter and buffer of a model that lies on one device."""
     return [Slice(t.data, name, t.shape, (0,) * t.dim()) for name, t in initialised_tensors(model)]
 
 
 def initialised_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and persistent buffers by qualified name."""
+    """Parameters and buffers, all of which are persistent, by qualified name."""
     buffers = [
         (f"{prefix}.{name}" if prefix else name, buffer)
         for prefix, module in model.named_modules()
         for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set
     ]
     return [*model.named_parameters(), *buffers]
 

@@ -32,10 +32,11 @@ def grouped_mm(x_TK: Tensor, weight_EKN: Tensor, *, offs: Tensor) -> Tensor:
 class Router(nn.Module):
     """Scores the un-normed stream: softmax over all experts in float32, top-k, renormalise, per-expert scale.
 
-    `balance` returns the scores it is given, and may add to their gradient and keep count of them.
+    `observer` is called with the scores [T, E] and the chosen experts [T, top_k]: it may count the choices, and add
+    to the gradient of the scores by a hook.
     """
 
-    balance: Callable[[Tensor], Tensor] | None
+    observer: Callable[[Tensor, Tensor], None] | None
 
     def __init__(self, config: Gemma4Config) -> None:
         super().__init__()
@@ -46,15 +47,15 @@ class Router(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.scale = nn.Parameter(torch.ones(config.hidden_size))
         self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
-        self.balance = None
+        self.observer = None
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Routing weights (float32) and expert indices, both [T, top_k]."""
         scores_TE = self.proj(self.norm(x_TD) * self.scale * self.root_size)
-        if self.balance is not None:
-            scores_TE = self.balance(scores_TE)
         probabilities_TE = scores_TE.softmax(dim=-1, dtype=accumulation_dtype(scores_TE.dtype))
         weights, indices = probabilities_TE.topk(self.top_k, dim=-1)
+        if self.observer is not None:
+            self.observer(scores_TE, indices)
         weights = weights / weights.sum(dim=-1, keepdim=True)
         return weights * upcast(self.per_expert_scale[indices]), indices
 

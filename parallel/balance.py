@@ -23,83 +23,72 @@ from parallel.collectives import summed
 
 
 class RouterBalance:
-    """What one layer's router does, as the `balance` of `model.moe.Router`.
+    """What one layer's router does: the `observer` of a `model.moe.Router`.
 
     Recomputation counts a batch twice, which leaves shares and means as they are.
     """
 
     def __init__(
-        self, layer: int, top_k: int, num_experts: int, groups: Sequence[dist.ProcessGroup], balance: float, z: float
+        self, layer: int, num_experts: int, groups: Sequence[dist.ProcessGroup], balance: float, z: float
     ) -> None:
-        self.layer, self.top_k, self.groups, self.balance, self.z = layer, top_k, groups, balance, z
+        self.layer, self.groups, self.balance, self.z = layer, groups, balance, z
         self.scale = 1.0
-        """Of the losses' gradients: one over the number of micro-batches in a step."""
+        """Factor of the losses' gradients: one over the number of micro-batches in a step."""
         self.totals = torch.zeros(num_experts + 3, dtype=torch.float64)
         """Choices of each expert; then, summed over calls, both losses and the number of calls."""
 
-    def __call__(self, scores_TE: Tensor) -> Tensor:
+    def __call__(self, scores_TE: Tensor, indices_Tk: Tensor) -> None:
+        """Count the choices, and add the gradients of the losses to that of the scores."""
+        wants_losses = (self.balance or self.z) and torch.is_grad_enabled() and scores_TE.requires_grad
         with torch.no_grad():
-            chosen_Tk = scores_TE.topk(self.top_k).indices
             # Unlike a bincount, this does not make the host wait for a GPU.
-            choices_E = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, chosen_Tk, True).sum(dim=0)
+            chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, indices_Tk, True)
+            choices_E = chosen_TE.sum(dim=0)
             self.totals = self.totals.to(scores_TE.device)
             self.totals[: len(choices_E)] += choices_E
-        if not (torch.is_grad_enabled() and (self.balance or self.z)):
-            return scores_TE
-        return _AddLosses.apply(scores_TE, choices_E, self)
+            if wants_losses:
+                added_TE = self._gradient(scores_TE, choices_E)
+                scores_TE.register_hook(lambda grad_TE: grad_TE + added_TE)
 
-    def summed(self, values: Tensor) -> Tensor:
-        for group in self.groups:
-            values = summed(values, group)
-        return values
-
-
-class _AddLosses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, scores_TE: Tensor, choices_E: Tensor, router: RouterBalance) -> Tensor:
+    def _gradient(self, scores_TE: Tensor, choices_E: Tensor) -> Tensor:
+        """The gradient of both losses, in the dtype of the scores; collective."""
         num_experts = scores_TE.shape[1]
         scores = upcast(scores_TE)
         log_z_T1 = scores.logsumexp(dim=-1, keepdim=True)
         probabilities_TE = (scores - log_z_T1).exp()
         tokens = scores.new_tensor([len(scores)])
-        sums = router.summed(
-            torch.cat((choices_E.to(scores), probabilities_TE.sum(dim=0), log_z_T1.square().sum().view(1), tokens))
-        )
+        sums = torch.cat((choices_E.to(scores), probabilities_TE.sum(dim=0), log_z_T1.square().sum().view(1), tokens))
+        for group in self.groups:
+            sums = summed(sums, group)
         sums[-1].clamp_min_(1.0)
         share_E = sums[:num_experts] / sums[:num_experts].sum().clamp_min(1.0)
         mean_E = sums[num_experts:-2] / sums[-1]
-        router.totals[-3:] += torch.stack(
+        self.totals[-3:] += torch.stack(
             (num_experts * (share_E * mean_E).sum(), sums[-2] / sums[-1], torch.ones_like(tokens[0]))
         )
-        pull_E = router.balance * num_experts * share_E
+        pull_E = self.balance * num_experts * share_E
         grad_TE = probabilities_TE * (pull_E - (probabilities_TE * pull_E).sum(dim=-1, keepdim=True))
-        grad_TE += 2 * router.z * log_z_T1 * probabilities_TE
-        ctx.save_for_backward((grad_TE * (router.scale / sums[-1])).to(scores_TE.dtype))
-        return scores_TE.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (added,) = ctx.saved_tensors
-        return grad + added, None, None
+        grad_TE += 2 * self.z * log_z_T1 * probabilities_TE
+        return (grad_TE * (self.scale / sums[-1])).to(scores_TE.dtype)
 
 
 def watch_routers(
     model: Gemma4, groups: Sequence[dist.ProcessGroup], balance: float = 0.0, z: float = 0.0
 ) -> list[RouterBalance]:
-    """Give every router of a model, or of one stage of it, its `balance`; `groups` together make up all its ranks."""
+    """Give every router of a model, or of one stage of it, an observer; `groups` together make up all its ranks."""
     config, found = model.config, []
     for module in model.language_model.layers:
         layer = cast(DecoderLayer, module)
         if layer.has_experts:
-            assert config.num_experts and config.top_k_experts
-            watched = RouterBalance(layer.layer.index, config.top_k_experts, config.num_experts, groups, balance, z)
-            layer.router.balance = watched
+            assert config.num_experts
+            watched = RouterBalance(layer.layer.index, config.num_experts, groups, balance, z)
+            layer.router.observer = watched
             found.append(watched)
     return found
 
 
 def read_balance(routers: Sequence[RouterBalance], config: Any) -> dict[str, float]:
-    """Of the steps since the last reading, over all ranks; collective over the world.
+    """How the routers did since the last reading, over all ranks; collective over the world.
 
     `moe_imbalance`: load of the fullest expert over the mean; `moe_unused_experts`: experts without a token.
     """

@@ -17,9 +17,9 @@ exchange; documents shorten what crosses.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -80,6 +80,11 @@ class RingMask(AttentionMask):
     def _with_queries(self, change: Callable[[Tensor], Tensor]) -> Self:
         parts = tuple(None if part is None else part._with_queries(change) for part in self.parts)
         return replace(super()._with_queries(change), parts=parts)
+
+
+def _fields(mask: AttentionMask) -> dict[str, Any]:
+    """What a mask was made of, without what it has computed and kept since."""
+    return {field.name: getattr(mask, field.name) for field in fields(mask)}
 
 
 class ContextParallel:
@@ -203,7 +208,7 @@ class ContextParallel:
         B, S = whole.num_rows, whole.num_keys
         owner_S, place_S = self._owners(S)
         order_BS = (owner_S * B + torch.arange(B)[:, None]) * (S // self.size) + place_S
-        return GatheredMask(**vars(self._cut_mask(whole)), order_T=order_BS.flatten())
+        return GatheredMask(**_fields(self._cut_mask(whole)), order_T=order_BS.flatten())
 
     def _ring(self, whole: AttentionMask, positions_BS: Tensor) -> RingMask:
         cut = self._cut_mask(whole)
@@ -225,7 +230,7 @@ class ContextParallel:
                 len(keys),
             )
             parts.append(None if bool(empty_T.all()) else part)
-        return RingMask(**vars(cut), parts=tuple(parts), positions=tuple(positions))
+        return RingMask(**_fields(cut), parts=tuple(parts), positions=tuple(positions))
 
     def _cut_mask(self, whole: AttentionMask) -> AttentionMask:
         """The mask of this rank's queries, over the whole sequence."""

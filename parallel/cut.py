@@ -11,8 +11,15 @@ def num_stages(schedule: str, virtual: int, pp: int) -> int:
     return pp if schedule == "1f1b" else pp * virtual
 
 
-def check_pipeline(schedule: str, virtual: int, pp: int, num_layers: int, num_micro_batches: int) -> None:
+def check_pipeline(
+    schedule: str, virtual: int, pp: int, num_layers: int, num_micro_batches: int, float8: str = "none"
+) -> None:
     """Raises `ConfigError` for what a schedule cannot run, with the nearest that it can."""
+    if schedule == "zero_bubble" and float8 != "none":
+        raise ConfigError(
+            f"parallel.pp_schedule=zero_bubble makes weight gradients apart, which products of float8.recipe={float8} "
+            "cannot; nearest legal: parallel.pp_schedule=interleaved, or float8.recipe=none."
+        )
     stages = num_stages(schedule, virtual, pp)
     if stages > num_layers:
         raise ConfigError(

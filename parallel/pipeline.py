@@ -17,7 +17,7 @@ from model.precision import accumulation_dtype
 from parallel.collectives import swap
 from parallel.mesh import Mesh
 from parallel.sharded import local_part
-from parallel.stage import Computed, Gemma4Stage, MicroBatch, shapes_at
+from parallel.stage import Gemma4Stage, MicroBatch, StageLoss, shapes_at
 from parallel.weight_gradients import WeightGradients
 
 _SCHEDULES: dict[str, Callable[..., Any]] = {
@@ -36,10 +36,8 @@ class Pipeline:
         self.stages, self.mesh, self.name, self.count, self.dtype = stages, mesh, schedule, count, dtype
         self._schedules: dict[tuple[int, ...], Any] = {}
 
-    def step(
-        self, micro_batches: Sequence[MicroBatch], loss: Callable[[Computed, int], Tensor], device: torch.device
-    ) -> None:
-        """Gradients of the sum of `loss(model, number)`, which the last stage calls for each micro-batch."""
+    def step(self, micro_batches: Sequence[MicroBatch], loss: StageLoss, device: torch.device) -> None:
+        """Gradients of the sum of `loss`, which the last stage calls for each micro-batch."""
         if not self._schedules:  # the first step: weights are there
             for stage in self.stages:
                 _gather_encoders_once(stage)

@@ -45,24 +45,15 @@ class MicroBatch(NamedTuple):
     masks: dict[LayerType, AttentionMask]
 
 
-class Computed:
-    """Stands for the model to an objective, which asks it for hidden states: they are there already."""
-
-    def __init__(self, model: Gemma4, hidden_TD: Tensor) -> None:
-        self.config: Gemma4Config = model.config
-        self.head: Head = model.head
-        self.head_weight: Tensor = model.head_weight
-        self._hidden_TD = hidden_TD
-
-    def __call__(self, *args: object, **kwargs: object) -> Tensor:
-        return self._hidden_TD
+StageLoss = Callable[[Tensor, Head, Tensor, int], Tensor]
+"""Loss of supervised hidden states [T, D] of a micro-batch, given the head, its table and the micro-batch's number."""
 
 
 class Gemma4Stage(Gemma4):
     """Layers `span` of a model, under the names they have in the whole; build it on `meta`."""
 
     micro_batches: Sequence[MicroBatch]
-    loss: Callable[[Computed, int], Tensor]
+    loss: StageLoss
     deferred: WeightGradients | None = None
     """Set where a schedule makes weight gradients apart."""
 
@@ -103,11 +94,11 @@ class Gemma4Stage(Gemma4):
             per_layer |= dict(zip(later, taken.chunk(len(later), dim=1), strict=True))
         contexts, narrowed = self.contexts(masks, batch.positions_BS, rows, x_TD.dtype)
         layers = self.language_model.layers
-        x_TD = decode(layers, x_TD, per_layer or None, contexts, narrowed, rows, narrow_at, shared)
+        x_TD, shared = decode(layers, x_TD, per_layer or None, contexts, narrowed, rows, narrow_at, shared)
         if rows is None:
             return self._pack(x_TD, per_layer, shared, masks)
         hidden_TD = self.language_model.norm(x_TD)[: rows.count]
-        return torch.stack([self.loss(Computed(self, hidden_TD), int(number))])
+        return torch.stack([self.loss(hidden_TD, self.head, self.head_weight, int(number))])
 
     def _pack(
         self,

@@ -22,6 +22,7 @@ from model.head import (
     LossGradients,
     capped_scores_,
     default_chunk_size,
+    score_chunks,
     softcapped_logits,
 )
 from model.precision import accumulation_dtype
@@ -97,6 +98,16 @@ class VocabParallelHead(Head):
         options = (self.plan.rank * most, self.softcap, z_loss, chunk_size, self.plan.group)
         return CrossEntropy(*_VocabParallelCrossEntropy.apply(hidden_TD, local_part(weight_VD), labels_T, *options))
 
+    def log_probs(
+        self, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_size: int | None = None
+    ) -> Tensor:
+        """The same values on every rank; each must go backward with the same gradient, as in `forward`."""
+        most = _rows_per_rank(weight_VD.shape[0], self.plan)
+        if chunk_size is None:
+            chunk_size = default_chunk_size(hidden_TD.device, most)
+        options = (self.plan.rank * most, self.softcap, chunk_size, self.plan.group)
+        return _VocabParallelLogProbs.apply(hidden_TD, local_part(weight_VD), labels_T, *options)
+
 
 def _rows_per_rank(rows: int, plan: TensorParallel) -> int:
     """Of a table of `rows`, on all but the last ranks that have any."""
@@ -126,8 +137,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         buffers = hidden_TD.new_empty((2, min(chunk_size, hidden_TD.shape[0]), weight_VD.shape[0]), dtype=dtype)
         for start in range(0, hidden_TD.shape[0], chunk_size):
             hidden, local = hidden_TD[start : start + chunk_size], labels_T[start : start + chunk_size] - first_row
-            mine = ((local >= 0) & (local < weight_VD.shape[0])).nonzero()[:, 0]
-            local = local[mine]
+            mine, local = _labels_here(local, weight_VD.shape[0])
             capped, exponentials = buffers[:, : hidden.shape[0]].unbind()
             capped_scores_(capped, hidden, weight_VD, softcap)
             torch.mul(capped, softcap, out=exponentials).exp_()
@@ -149,3 +159,47 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         return *LossGradients.scaled(ctx, grad_total), None, None, None, None, None, None
+
+
+class _VocabParallelLogProbs(torch.autograd.Function):
+    """The log-probabilities of `model.head`; sums of exponentials are kept, so the backward exchanges nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        labels_T: Tensor,
+        first_row: int,
+        softcap: float,
+        chunk_size: int,
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        parts_2T = hidden_TD.new_zeros((2, hidden_TD.shape[0]), dtype=accumulation_dtype(hidden_TD.dtype))
+        for rows, _, scores in score_chunks(hidden_TD, weight_VD, softcap, chunk_size):
+            mine, local = _labels_here(labels_T[rows] - first_row, weight_VD.shape[0])
+            parts_2T[1, rows][mine] = scores[mine, local]
+            parts_2T[0, rows] = scores.exp_().sum(dim=1)
+        sums_T, labelled_T = summed(parts_2T, group)
+        ctx.save_for_backward(hidden_TD, weight_VD, labels_T, sums_T)
+        ctx.first_row, ctx.softcap, ctx.chunk_size = first_row, softcap, chunk_size
+        return labelled_T - sums_T.log()
+
+    @staticmethod
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TD, weight_VD, labels_T, sums_T = ctx.saved_tensors
+        gradients = LossGradients(ctx, hidden_TD, weight_VD)
+        for rows, capped, scores in score_chunks(hidden_TD, weight_VD, ctx.softcap, ctx.chunk_size):
+            mine, local = _labels_here(labels_T[rows] - ctx.first_row, weight_VD.shape[0])
+            grad_scores = scores.exp_().mul_((-grad_T[rows] / sums_T[rows])[:, None])
+            grad_scores[mine, local] += grad_T[rows][mine]
+            gradients.add(rows.start, hidden_TD[rows], capped, grad_scores)
+        of_weight = gradients.of_weight
+        of_weight = None if of_weight is None else of_weight.to(weight_VD.dtype)
+        return gradients.of_hidden, of_weight, None, None, None, None, None
+
+
+def _labels_here(local_T: Tensor, held: int) -> tuple[Tensor, Tensor]:
+    """Which tokens have a label among the rows held here, and which row that is."""
+    mine = ((local_T >= 0) & (local_T < held)).nonzero()[:, 0]
+    return mine, local_T[mine]

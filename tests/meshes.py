@@ -27,7 +27,7 @@ from tests.compare import hold, relative_error
 from tests.distributed import run_ranks
 from train.config import OptimizerConfig
 from train.engine import Engine
-from train.objective import CrossEntropy
+from train.objective import CrossEntropy, cross_entropy
 from train.optimizer import build_optimizer
 
 CPU = torch.device("cpu")
@@ -226,10 +226,10 @@ def _reference(case: Case, dtype: torch.dtype) -> Run:
     model = Gemma4(case.config).to(dtype)
     initial_values(case.seed)(whole_slices(model))
     optimizer = build_optimizer(model, OptimizerConfig(lr=LEARNING_RATES[case.dtype]))
-    objective, run = CrossEntropy(), Run()
+    run = Run()
     for step in range(case.steps):
         batch = rows(case, step)
-        loss = objective(model, batch)
+        loss = cross_entropy(model, batch)
         (loss.total / loss.count).backward()
         run.losses.append(float(loss.nll / loss.count))
         if step in (0, case.steps - 1):

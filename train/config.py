@@ -67,6 +67,8 @@ class TrainConfig:
     micro_batch_size: int = 8
     """Sequences a rank runs at once; lowered by itself when a rank's share of the global batch is smaller."""
     max_grad_norm: float = 1.0
+    objective: str = "cross_entropy"
+    """cross_entropy (of the next token)"""
     z_loss: float = 0.0
     moe_balance_loss: float = 0.0
     """Coefficient of the loss that evens out the experts' load."""

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from data.batch import Batch
-from model import Gemma4
 from model.config import LayerType
+from model.head import Head
 from model.masks import AttentionMask, layer_masks
 from model.media import Media, token_types
 from parallel.apply import ParallelModel
 from parallel.context import ContextParallel
 from parallel.fsdp import require_gradient_sync
 from parallel.grad_norm import clip_grad_norm
-from parallel.stage import Computed, MicroBatch
-from train.objective import Loss, Objective
+from parallel.stage import MicroBatch
+from train.objective import Loss, Objective, hidden_states
 
 if TYPE_CHECKING:
     from parallel.pipeline import Pipeline
@@ -39,11 +39,11 @@ class Engine:
     def forward_backward(
         self,
         micro_batches: Sequence[Batch],
-        supervised: int,
+        units: int,
         present: Sequence[tuple[bool, bool]],
         go_on: Callable[[], bool] | None = None,
     ) -> dict[str, Tensor] | None:
-        """Gradients of the summed loss over `supervised`, the number of supervised tokens of all ranks.
+        """Gradients of the summed loss over `units`, the objective's units of all ranks.
 
         present: for each micro-batch whether any rank has images, and sound. go_on: asked between
         micro-batches, as a large step may take longer than the time a scheduler leaves; if no,
@@ -54,7 +54,7 @@ class Engine:
         for router in self.parallel.routers:
             router.scale = 1 / len(micro_batches)
         if self.parallel.pipeline is not None:
-            self._through_stages(self.parallel.pipeline, micro_batches, supervised, present, sums)
+            self._through_stages(self.parallel.pipeline, micro_batches, units, present, sums)
             return sums
         model = self.parallel.whole
         for index, batch in enumerate(micro_batches):
@@ -62,25 +62,26 @@ class Engine:
                 return None
             last = index == len(micro_batches) - 1
             require_gradient_sync(model, last or self.gradient_sync == "every")
-            loss = self.objective(model, self.local(batch, *present[index]))
+            local = self.local(batch, *present[index])
+            loss = self.objective(hidden_states(model, local), model.head, model.head_weight, local)
             self._add(sums, loss)
-            (loss.total / max(supervised, 1)).backward()
+            (loss.total / max(units, 1)).backward()
         return sums
 
     def _through_stages(
         self,
         pipeline: Pipeline,
         micro_batches: Sequence[Batch],
-        supervised: int,
+        units: int,
         present: Sequence[tuple[bool, bool]],
         sums: dict[str, Tensor],
     ) -> None:
         batches = [self.local(batch, *media) for batch, media in zip(micro_batches, present, strict=True)]
 
-        def loss(model: Computed, number: int) -> Tensor:
-            found = self.objective(cast(Gemma4, model), batches[number])
+        def loss(hidden_TD: Tensor, head: Head, weight_VD: Tensor, number: int) -> Tensor:
+            found = self.objective(hidden_TD, head, weight_VD, batches[number])
             self._add(sums, found)
-            return found.total / max(supervised, 1)
+            return found.total / max(units, 1)
 
         given = [MicroBatch(b.tokens_BS, b.positions_BS, b.supervised_BS, b.media, self._masks(b)) for b in batches]
         pipeline.step(given, loss, self.device)

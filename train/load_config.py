@@ -29,6 +29,7 @@ from parallel.cut import SCHEDULES, check_pipeline
 from parallel.layout import Layout
 from parallel.mesh import DEVICES, DTYPES, micro_batch_size
 from train.config import ENCODERS, EXPORT_DTYPES, Config, ModelConfig
+from train.objective import OBJECTIVES
 
 CONFIG_FOLDER = Path(configs.__file__).parent
 GROUPS = ("variant",)
@@ -37,6 +38,7 @@ _RECIPE = ("variant=", "optimizer.lr=")
 CHOICES = {
     "run.device": DEVICES,
     "run.dtype": DTYPES,
+    "train.objective": tuple(OBJECTIVES),
     "data.format": ("text", "chat"),
     "parallel.gradient_sync": ("last", "every"),
     "parallel.pp_schedule": SCHEDULES,
@@ -266,5 +268,6 @@ def check_layout(config: Config, world_size: int) -> Layout:
             layout.pp,
             config.gemma4().num_hidden_layers,
             train.global_batch_size // (layout.dp * micro),
+            config.float8.recipe,
         )
     return layout

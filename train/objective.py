@@ -1,7 +1,13 @@
-"""Objectives: `objective(model, batch) -> Loss`, sums over supervised tokens; the trainer divides by their number."""
+"""Objectives: what is minimised, given the hidden states of a batch.
+
+`objective(hidden_TD, head, weight_VD, batch) -> Loss` gives sums over units (supervised tokens here; pairs where two
+answers are compared), and the trainer divides by the number of units in the global batch. So the number is the same
+for every mesh and accumulation. An objective never calls the model, and is the same with and without a pipeline.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -9,11 +15,13 @@ from torch import Tensor
 
 from data.batch import Batch
 from model import Gemma4
+from model.head import Head
+from train.config import TrainConfig
 
 
 @dataclass(frozen=True)
 class Loss:
-    """`total` is differentiable; `nll` is what is reported as the loss; metrics are sums like it."""
+    """Sums over units: `total` is differentiable; `nll` is reported as the loss, over `count`; so are the metrics."""
 
     total: Tensor
     nll: Tensor
@@ -22,32 +30,25 @@ class Loss:
 
 
 class Objective(Protocol):
-    """`sums`: names of the sums a `Loss` of it holds, the same on every rank."""
+    """What the trainer needs of an objective."""
 
     @property
-    def sums(self) -> tuple[str, ...]: ...
+    def sums(self) -> tuple[str, ...]:
+        """Names of the sums that a `Loss` of it holds, the same on every rank."""
+        ...
 
-    def __call__(self, model: Gemma4, batch: Batch) -> Loss: ...
+    def units(self, batch: Batch) -> int:
+        """How many units a batch has, of all its positions, on the CPU. Ranks add theirs up and divide by the sum."""
+        ...
 
-
-def cross_entropy(model: Gemma4, batch: Batch, z_loss: float = 0.0) -> Loss:
-    """Next-token cross entropy, for pretraining and fine-tuning alike."""
-    supervised = batch.supervised_BS
-    hidden_TD = model(
-        batch.tokens_BS,
-        positions=batch.positions_BS,
-        document_ids=batch.document_ids_BS,
-        supervised=supervised,
-        media=batch.media,
-        masks=batch.masks,
-    )
-    sums = model.head(hidden_TD, model.head_weight, batch.labels_BS[supervised], z_loss=z_loss)
-    return Loss(sums.total, sums.nll, supervised.sum(), {"z": sums.z} if z_loss else {})
+    def __call__(self, hidden_TD: Tensor, head: Head, weight_VD: Tensor, batch: Batch) -> Loss:
+        """The loss of supervised positions: their hidden states in order, and the output head with its table."""
+        ...
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """`cross_entropy` with its options."""
+    """Next-token cross entropy, for pretraining and fine-tuning alike."""
 
     z_loss: float = 0.0
 
@@ -55,5 +56,31 @@ class CrossEntropy:
     def sums(self) -> tuple[str, ...]:
         return ("loss", "count", "z") if self.z_loss else ("loss", "count")
 
-    def __call__(self, model: Gemma4, batch: Batch) -> Loss:
-        return cross_entropy(model, batch, self.z_loss)
+    def units(self, batch: Batch) -> int:
+        return int(batch.supervised_BS.sum())
+
+    def __call__(self, hidden_TD: Tensor, head: Head, weight_VD: Tensor, batch: Batch) -> Loss:
+        supervised = batch.supervised_BS
+        sums = head(hidden_TD, weight_VD, batch.labels_BS[supervised], z_loss=self.z_loss)
+        return Loss(sums.total, sums.nll, supervised.sum(), {"z": sums.z} if self.z_loss else {})
+
+
+OBJECTIVES: dict[str, Callable[[TrainConfig], Objective]] = {"cross_entropy": lambda train: CrossEntropy(train.z_loss)}
+"""By the name that `train.objective` takes."""
+
+
+def hidden_states(model: Gemma4, batch: Batch) -> Tensor:
+    """Hidden states [T_supervised, D] of a batch."""
+    return model(
+        batch.tokens_BS,
+        positions=batch.positions_BS,
+        document_ids=batch.document_ids_BS,
+        supervised=batch.supervised_BS,
+        media=batch.media,
+        masks=batch.masks,
+    )
+
+
+def cross_entropy(model: Gemma4, batch: Batch, z_loss: float = 0.0) -> Loss:
+    """The loss of a batch on a model that lies whole on one device."""
+    return CrossEntropy(z_loss)(hidden_states(model, batch), model.head, model.head_weight, batch)

@@ -33,7 +33,7 @@ from train.export import Origin, export
 from train.faults import StopRequest
 from train.flops import batch_work, media_flops, peak_flops, training_flops
 from train.metrics import Meter, step_line
-from train.objective import CrossEntropy
+from train.objective import OBJECTIVES
 from train.optimizer import build_optimizer, set_learning_rate
 from train.plots import write_loss_curve
 from train.resume import Progress, find_checkpoint, progress_from
@@ -98,7 +98,8 @@ class Trainer:
         )
         self.model = self.parallel.model
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.engine = Engine(self.parallel, CrossEntropy(config.train.z_loss), device, config.parallel.gradient_sync)
+        self.objective = OBJECTIVES[config.train.objective](config.train)
+        self.engine = Engine(self.parallel, self.objective, device, config.parallel.gradient_sync)
         self.dataset = build_dataset(config, self.model_config, self.corpus)
         if checkpoint is not None:
             newly_trained = set(read_state(checkpoint).get("frozen", ())) - set(self.frozen)
@@ -172,7 +173,8 @@ class Trainer:
         parts = [batch.media or Media() for batch in micro_batches]
         speaks = self.engine.leads  # of the ranks that share these sequences, one counts them
         # Everything ranks must agree on before the step, in one small exchange.
-        supervised, tokens, flops, stops, written, *present = self._summed(
+        units, supervised, tokens, flops, stops, written, *present = self._summed(
+            speaks * sum(map(self.objective.units, micro_batches)),
             speaks * sum(work.supervised for work in works),
             speaks * sum(work.tokens for work in works),
             speaks
@@ -190,7 +192,7 @@ class Trainer:
             self.checkpointer.commit()
         sums = self.engine.forward_backward(
             micro_batches,
-            supervised,
+            units,
             [(vision > 0, audio > 0) for vision, audio in zip(present[::2], present[1::2], strict=True)],
             go_on=lambda: not self._summed(bool(self.stop))[0],
         )
@@ -297,6 +299,7 @@ class Trainer:
         config, model = self.config, self.model_config
         sliding = sum(kind == "sliding_attention" for kind in model.layer_types)
         kernel = kernel_for(self.device.type).__name__
+        experts = "one after the other" if self.dtype == torch.float64 else "torch grouped_mm"
         if self.layout.cp > 1:
             kernel += ", whole sequence gathered once" if model.num_kv_shared_layers else ", full layers around a ring"
         with torch.device("meta"):
@@ -322,7 +325,7 @@ class Trainer:
             sliding,
             model.sliding_window,
             model.num_hidden_layers - sliding,
-            "torch grouped_mm" if model.enable_moe_block else "none",
+            experts if model.enable_moe_block else "none",
             f", vocabulary over {self.layout.tp} ranks" if self.layout.tp > 1 else "",
             self.parallel.products,
             config.activation_checkpoint.mode,

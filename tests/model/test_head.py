@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from launch.benchmark import in_a_process
-from model.head import linear_cross_entropy, softcapped_logits
+from model.head import Head, linear_cross_entropy, softcapped_logits
 from tests.report import report
 
 T, V, D, CAP = 37, 301, 16, 30.0
@@ -32,6 +32,31 @@ def test_values_and_gradients_equal_the_plain_loss(chunk_size: int, z_loss: floa
     torch.testing.assert_close(found.total, nll + z_loss * z, rtol=1e-12, atol=0)
     for a, b in zip(torch.autograd.grad(found.total / T, (hidden, weight)), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 8, 37, 64])
+def test_log_probs_and_gradients_of_any_weights_equal_the_plain_formula(chunk_size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, D, generator=generator, dtype=torch.float64) * 3 for n in (T, V))
+    hidden.requires_grad_(), weight.requires_grad_()
+    labels = torch.randint(0, V, (T,), generator=generator)
+    expected = softcapped_logits(hidden @ weight.T, CAP).log_softmax(-1)[torch.arange(T), labels]
+    found = Head(CAP).log_probs(hidden, weight, labels, chunk_size)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    weights = torch.randn(T, generator=generator, dtype=torch.float64)  # known only afterwards
+    weights[3] = 0
+    for a, b in zip(*(torch.autograd.grad(x, (hidden, weight), weights) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_log_probs_of_no_tokens_and_in_bfloat16() -> None:
+    hidden, weight = torch.randn(0, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    Head(CAP).log_probs(hidden, weight, torch.empty(0, dtype=torch.long)).sum().backward()
+    assert weight.grad is not None and not weight.grad.any()
+    hidden, weight = (torch.randn(n, D).bfloat16().requires_grad_() for n in (T, V))
+    found = Head(CAP).log_probs(hidden, weight, torch.randint(0, V, (T,)), 8)
+    found.sum().backward()
+    assert found.dtype == torch.float32 and hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
 
 
 def test_bfloat16_hidden_states_give_a_float32_loss() -> None:

@@ -40,3 +40,9 @@ def test_what_a_schedule_cannot_run_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         check_pipeline(schedule, virtual, pp, layers, micro_batches)
+
+
+def test_zero_bubble_in_float8_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"nearest legal: parallel\.pp_schedule=interleaved, or float8\.recipe=none"):
+        check_pipeline("zero_bubble", 2, 2, 12, 8, "rowwise")
+    check_pipeline("interleaved", 2, 2, 12, 8, "rowwise")

@@ -121,14 +121,14 @@ def test_router_losses_are_means_over_all_ranks() -> None:
 
     def on_rank(world: World) -> tuple[Tensor, dict[str, float]]:
         made = router()
-        made.balance = RouterBalance(0, TOP_K, EXPERTS, [dist.group.WORLD], balance, z)  # type: ignore[list-item]
+        made.observer = RouterBalance(0, EXPERTS, [dist.group.WORLD], balance, z)  # type: ignore[list-item]
         weights, _ = made(tokens_of(world.rank, "router", counts[world.rank])[0])
         (weights.sum() * 0).backward()  # the objective does not matter: the losses enter by themselves
         grad = made.proj.weight.grad
         assert grad is not None
         dist.all_reduce(grad)
         config = CONFIG.replace(num_hidden_layers=1)
-        return grad, read_balance([made.balance], config)
+        return grad, read_balance([made.observer], config)
 
     made = router()
     scores = scores_of(made, torch.cat([tokens_of(rank, "router", counts[rank])[0] for rank in range(ranks)]))
@@ -148,6 +148,7 @@ def test_router_losses_are_means_over_all_ranks() -> None:
 
 def test_nothing_is_added_where_no_loss_is_asked_for() -> None:
     model = Gemma4(CONFIG)
-    scores = torch.randn(4, EXPERTS, requires_grad=True)
-    assert model.language_model.layers[0].router.balance is None  # type: ignore[union-attr]
-    assert RouterBalance(0, TOP_K, EXPERTS, [], 0.0, 0.0)(scores) is scores
+    scores = torch.randn(4, EXPERTS, requires_grad=True) * 1
+    assert model.language_model.layers[0].router.observer is None  # type: ignore[union-attr]
+    RouterBalance(0, EXPERTS, [], 0.0, 0.0)(scores, scores.topk(TOP_K).indices)
+    assert not scores._backward_hooks

@@ -65,7 +65,7 @@ def through(stages: list[Gemma4Stage], batch: Batch) -> tuple[Tensor, list[tuple
     crossed = []
     for stage in stages:
         stage.micro_batches = [given]
-        stage.loss = lambda model, number: cross_entropy(model, batch).total  # type: ignore[arg-type]
+        stage.loss = lambda hidden_TD, head, weight_VD, number: CrossEntropy()(hidden_TD, head, weight_VD, batch).total
         out = stage(*out, number=torch.tensor([0]))
         if not stage.is_last:
             crossed.append(out)

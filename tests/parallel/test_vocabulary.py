@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model.errors import ConfigError
-from model.head import linear_cross_entropy, softcapped_logits
+from model.head import Head, linear_cross_entropy, softcapped_logits
 from parallel.mesh import World
 from parallel.token_split import TensorParallel, whole_stream
 from parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
+from tests.compare import hold, relative_error
 from tests.distributed import run_ranks
 from tests.report import report
 
@@ -100,6 +101,22 @@ def split_loss(
     return Loss([value.detach() for value in loss], hidden.grad, local_of(table.weight.grad))
 
 
+def split_log_probs(rows: int, plan: TensorParallel) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, and with weights known only afterwards this rank's part of both gradients."""
+    hidden, weight, labels, weights = log_probs_tensors(rows)
+    table = split(weight, plan)
+    hidden.requires_grad_()
+    found = VocabParallelHead(CAP, plan).log_probs(hidden, table.weight, labels, chunk_size=7)
+    found.backward(weights)
+    assert hidden.grad is not None
+    return found.detach(), hidden.grad, local_of(table.weight.grad)
+
+
+def log_probs_tensors(rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden, weight, labels = LossCase(23, dtype=torch.float64).tensors(rows)
+    return hidden, weight, labels, drawn(11, 23).double()
+
+
 class LookUp(NamedTuple):
     """On one rank: rows of its share of the tokens, then of all of them, each with the gradient of its own rows."""
 
@@ -142,13 +159,14 @@ def split_scores(rows: int, plan: TensorParallel) -> Tensor:
 
 
 @cache
-def on_ranks(ranks: int, rows: int) -> list[tuple[list[Loss], list[LookUp], Tensor]]:
+def on_ranks(ranks: int, rows: int) -> list[tuple[list[Loss], list[LookUp], Tensor, tuple[Tensor, Tensor, Tensor]]]:
     """Everything that is asked of the ranks of one size, in one start of them."""
 
-    def run(world: World) -> tuple[list[Loss], list[LookUp], Tensor]:
+    def run(world: World) -> tuple[list[Loss], list[LookUp], Tensor, tuple[Tensor, Tensor, Tensor]]:
         plan = plan_of(ranks)
         look_ups = [split_look_up(dtype, rows, plan) for dtype in (torch.float32, torch.bfloat16)]
-        return [split_loss(case, rows, plan) for case in LOSS_CASES], look_ups, split_scores(rows, plan)
+        losses = [split_loss(case, rows, plan) for case in LOSS_CASES]
+        return losses, look_ups, split_scores(rows, plan), split_log_probs(rows, plan)
 
     return run_ranks(ranks, run)
 
@@ -156,7 +174,7 @@ def on_ranks(ranks: int, rows: int) -> list[tuple[list[Loss], list[LookUp], Tens
 @pytest.mark.parametrize(("ranks", "rows"), SIZES)
 def test_loss_and_gradients_are_those_of_one_process(ranks: int, rows: int) -> None:
     worst = {torch.float32: 0.0, torch.bfloat16: 0.0}
-    by_case = zip(*(losses for losses, _, _ in on_ranks(ranks, rows)), strict=True)
+    by_case = zip(*(losses for losses, *_ in on_ranks(ranks, rows)), strict=True)
     for case, found in zip(LOSS_CASES, by_case, strict=True):
         hidden, weight, labels = case.tensors(rows)
         hidden.requires_grad_(), weight.requires_grad_()
@@ -182,17 +200,32 @@ def test_loss_and_gradients_are_those_of_one_process(ranks: int, rows: int) -> N
 
 
 @pytest.mark.parametrize(("ranks", "rows"), SIZES)
+def test_log_probs_and_gradients_are_those_of_one_process(ranks: int, rows: int) -> None:
+    hidden, weight, labels, weights = log_probs_tensors(rows)
+    hidden.requires_grad_(), weight.requires_grad_()
+    expected = Head(CAP).log_probs(hidden, weight, labels)
+    expected.backward(weights)
+    assert hidden.grad is not None and weight.grad is not None
+    found = [log_probs for *_, log_probs in on_ranks(ranks, rows)]
+    for values, *_ in found:
+        hold("log-probabilities split by vocabulary, float64", relative_error(values, expected), 1e-12)
+    parts = (torch.stack([part for _, part, _ in found]).sum(0), torch.cat([part for *_, part in found]))
+    for part, whole in zip(parts, (hidden.grad, weight.grad), strict=True):
+        hold("gradients of log-probabilities split by vocabulary, float64", relative_error(part, whole), 1e-12)
+
+
+@pytest.mark.parametrize(("ranks", "rows"), SIZES)
 def test_scores_are_gathered_whole(ranks: int, rows: int) -> None:
     hidden, weight = score_tensors(rows)
     expected = softcapped_logits(hidden @ weight.T, CAP)
-    for _, _, scores in on_ranks(ranks, rows):
+    for _, _, scores, _ in on_ranks(ranks, rows):
         torch.testing.assert_close(scores, expected)
 
 
 @pytest.mark.parametrize(("ranks", "rows"), SIZES)
 def test_embedding_is_that_of_one_process(ranks: int, rows: int) -> None:
     """The stream split among ranks, then whole on each."""
-    for found in zip(*(look_ups for _, look_ups, _ in on_ranks(ranks, rows)), strict=True):
+    for found in zip(*(look_ups for _, look_ups, *_ in on_ranks(ranks, rows)), strict=True):
         dtype = found[0].dtype
         ids, weight, factors, padding = look_up_tensors(dtype, rows)
         weight.requires_grad_()
@@ -224,6 +257,21 @@ class Watch(TorchDispatchMode):
         sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, Tensor) and not isinstance(t, DTensor)]
         self.largest = max(self.largest, *sizes, 0)
         return out
+
+
+def test_log_probs_hold_chunks_only_and_exchange_two_numbers_a_token() -> None:
+    ranks, tokens, rows, width = 4, 40, 400, 8
+
+    def run(world: World) -> tuple[int, int]:
+        watch, plan = Watch(), plan_of(ranks)
+        hidden, weight, labels = LossCase(tokens, width=width).tensors(rows)
+        table = split(weight, plan)
+        hidden.requires_grad_()
+        with watch:
+            VocabParallelHead(CAP, plan).log_probs(hidden, table.weight, labels, 10).sum().backward()
+        return watch.largest, watch.crossed
+
+    assert run_ranks(ranks, run) == [(2 * 10 * rows // ranks, 2 * tokens)] * ranks
 
 
 def test_chunks_are_alike_on_uneven_ranks_and_nothing_is_as_large_as_the_table_or_all_scores() -> None:
