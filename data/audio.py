@@ -1,4 +1,4 @@
-"""16 kHz waveforms made into what an audio tower reads (architecture.md 4.1, 4.5)."""
+"""16 kHz waveforms made into what an audio encoder reads (docs/gemma4.md 10.3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images cut into patches (architecture.md 4.3, 4.5)."""
+"""Images cut into patches (docs/gemma4.md 10.1)."""
 
 from __future__ import annotations
 

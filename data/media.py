@@ -1,4 +1,4 @@
-"""Images, videos and sounds made ready for the model: values, positions and placeholder text (architecture.md 4)."""
+"""Images, videos and sounds made ready for the model: values, positions and placeholder text (docs/gemma4.md 10)."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class MediaProcessor:
     def video(self, source: VideoSource) -> MediaItem:
         """A path, or (uint8 frames [N, H, W, 3], frames per second). Raises `MediaError` if it cannot be read.
 
-        Each frame is stamped with its time, "mm:ss" (architecture.md 4.4).
+        Each frame is stamped with its time, "mm:ss" (docs/gemma4.md 10.2).
         """
         frames = read_video(source, self.num_frames)
         parts = [self._patches(Image.fromarray(picture), self.video_tokens) for _, picture in frames]

@@ -1,4 +1,7 @@
-"""Gemma 4 attention: grouped queries, q/k norm, weightless v norm, no score scale, shared keys and values."""
+"""Gemma 4 attention: grouped queries, q/k norm, weightless v norm, no score scale, shared keys and values.
+
+Its formulas are in docs/gemma4.md 3.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ class KeyValue(NamedTuple):
 
 
 class RawKeyValue(NamedTuple):
-    """Of a layer with K = V: both before norms and rotation, [T, K, H], and the weight [H] of the key norm."""
+    """What a layer with K = V makes both of (docs/gemma4.md 3.2): the raw product, and the weight of the key norm."""
 
     raw_TKH: Tensor
     weight_H: Tensor
@@ -30,7 +33,7 @@ class RawKeyValue(NamedTuple):
 def normed_key_value(
     raw_k_TKH: Tensor, raw_v_TKH: Tensor, weight_H: Tensor, table: RotaryTable, eps: float
 ) -> KeyValue:
-    """Keys and values of rows at the positions of `table`; `weight_H` is that of the key norm."""
+    """Keys and values of rows at the positions of `table` (docs/gemma4.md 3.1); `weight_H` is that of the key norm."""
     return KeyValue(apply_rotary(rms_norm(raw_k_TKH, weight_H, eps), table), rms_norm(raw_v_TKH, None, eps))
 
 
@@ -49,7 +52,7 @@ class AttentionPlan(Protocol):
 
 
 class Attention(nn.Module):
-    """A KV producer has k_proj (and v_proj unless K = V); a consumer only q_proj and o_proj."""
+    """Attention of one layer (docs/gemma4.md 3.1 to 3.3): only a KV producer has k_proj, and v_proj unless K = V."""
 
     v_proj: nn.Linear | None
     plan: AttentionPlan | None

@@ -4,7 +4,9 @@
 layer costs S * W, a packed full layer the sum over its documents, and unsupervised stretches nothing.
 `flex` (GPU): compiled flex attention over the same mask. Unverified on GPU.
 `partial_attention` is for keys that arrive block by block: it also gives the log-sum-exp by which outputs merge.
-Scores are not scaled (Gemma 4 normalises queries and keys) and have no soft cap.
+Scores are not scaled (Gemma 4 normalises queries and keys) and have no soft cap (docs/gemma4.md 3.1).
+
+Letters of this file: Q queries of a block or padded row, R keys of a block, G = N / K query heads of a KV head.
 """
 
 from __future__ import annotations

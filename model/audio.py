@@ -1,8 +1,11 @@
-"""Sound to soft tokens: the Conformer of E2B and E4B (architecture.md 4.2).
+"""Sound to soft tokens: the Conformer of E2B and E4B (docs/gemma4.md 9.1, 9.2).
 
 Clips of any length are laid end to end, without padding; attention and convolution stop at the
 first frame of the query's own clip. Attention is causal over a window of a few frames, so
 queries go in blocks of one window against the keys of two.
+
+Letters of this file: T frames of all clips, D the tower's width, N heads; in attention B blocks, W the window,
+C = 2 W keys of a context; in convolutions N clips, C channels, M mel; F numbers of a frame.
 """
 
 from __future__ import annotations
@@ -112,7 +115,7 @@ class FeedForward(nn.Module):
 
 
 class AudioAttention(nn.Module):
-    """Causal attention over the last `window` frames with a learned bias for the distance; scores in float32."""
+    """Causal attention in float32 over the last `window` frames, a learned bias by distance (docs/gemma4.md 9.2)."""
 
     def __init__(self, config: AudioConfig) -> None:
         super().__init__()

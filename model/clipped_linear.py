@@ -15,7 +15,7 @@ BOUNDS = {
 
 
 class ClippedLinear(nn.Module):
-    """`clamp(W clamp(x))`; the bounds are persistent buffers, not trained."""
+    """`clamp(W clamp(x))` (docs/gemma4.md 8.1); the bounds are persistent buffers, not trained."""
 
     input_min: Tensor
     input_max: Tensor

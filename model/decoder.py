@@ -1,7 +1,7 @@
 """The decoder: sandwich-normed layers over flat tokens [T, D], and the loop that hands them what they share.
 
 What crosses from one layer to another is a returned tensor: the stream, and the keys and
-values that KV consumers read from the last producer of their own type.
+values that KV consumers read from the last producer of their own type (docs/gemma4.md 3.3).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LayerContext:
 
 
 class DecoderLayer(nn.Module):
-    """One layer; `layer_scalar` multiplies the whole stream and is a buffer, as in the released checkpoints."""
+    """One decoder layer (docs/gemma4.md 2.3); the buffer `layer_scalar` multiplies the whole stream at its end."""
 
     layer_scalar: Tensor
     experts: nn.Module
@@ -130,7 +130,7 @@ def decode(
     `received` are those that layers before these made. With `rows`, the stream narrows to them at layer
     `narrow_at`, which is the last layer whose keys are read, or a later one. No layer after it makes keys
     or values, so another position's stream past that point reaches nothing: its queries, feed-forward and
-    per-layer input are not computed.
+    per-layer input are not computed (docs/gemma4.md 7.3).
     """
     shared = dict(received or {})
     for layer in layers:

@@ -85,7 +85,7 @@ class Gemma4(nn.Module):
         tokens, positions (default 0..S-1), document_ids: integers [B, S]; attention never
         crosses a change of document id. supervised: bool [B, S], the positions whose output
         is wanted; with it the result is [T_supervised, D], in order, and work that cannot
-        reach those outputs is skipped, exactly. media: what image, video and audio tokens stand
+        reach those outputs is skipped, exactly (docs/gemma4.md 7.3). media: what image, video and audio tokens stand
         for; such a token without media is embedded as padding. `masks` and `store` are for decoding with a
         cache: keys then come from `store`, and the masks say which are visible.
         """
@@ -145,7 +145,7 @@ class Gemma4(nn.Module):
         return contexts, narrowed
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Soft-capped scores [..., V] in the model's dtype."""
+        """Soft-capped scores [..., V] in the model's dtype (docs/gemma4.md 7.1)."""
         return self.head.logits(hidden, self.head_weight)
 
     @property
@@ -156,11 +156,11 @@ class Gemma4(nn.Module):
         return weight
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Initialise in place (architecture.md section 8); a function of the generator's seed alone."""
+        """Initialise in place (docs/gemma4.md 12); a function of the generator's seed alone."""
         init_parameters(self, generator.initial_seed(), self.config.initializer_range, self.config.pad_token_id)
 
     def _scatter(self, x_TD: Tensor, media: Media) -> Tensor:
-        """The stream with the soft tokens of images and sound in place of their placeholders, unscaled."""
+        """The stream with the soft tokens of images and sound for their placeholders, unscaled (docs/gemma4.md 8.4)."""
         if media.vision is not None:
             encoder = self.vision_tower if isinstance(self.config.vision, VisionConfig) else self.vision_embedder
             x_TD = self.stream.place(x_TD, media.vision.rows, self.embed_vision(encoder(media.vision)))

@@ -2,7 +2,7 @@
 
 Per chunk of tokens: logits, soft cap, log-sum-exp, and at once the gradients of hidden states
 and head, so the largest buffer is [chunk, V]. (Cut cross entropy goes further on a GPU but
-drops small gradients; this one is exact.)
+drops small gradients; this one is exact.) The formulas are in docs/gemma4.md 7.1 and 7.2.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Head(nn.Module):
         self.softcap = softcap
 
     def logits(self, hidden: Tensor, weight_VD: Tensor) -> Tensor:
-        """Soft-capped scores [..., V]."""
+        """Soft-capped scores [..., V] (docs/gemma4.md 7.1)."""
         return softcapped_logits(F.linear(hidden, weight_VD), self.softcap)
 
     def forward(self, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, z_loss: float = 0.0) -> CrossEntropy:
@@ -65,7 +65,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     chunk_size: int | None = None,
 ) -> CrossEntropy:
-    """Sum of -log softmax(softcap(h W^T))[label], plus `z_loss` times the squared log-sum-exp.
+    """Sum of -log softmax(softcap(h W^T))[label], plus `z_loss` times the squared log-sum-exp (docs/gemma4.md 7.2).
 
     labels_T: [T] int64, all in [0, V); select supervised rows first. chunk_size: tokens per
     chunk, of which there are three buffers [chunk, V]; by default `default_chunk_size`.

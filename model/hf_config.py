@@ -2,7 +2,7 @@
 
 Released files give `global_head_dim` and `num_global_key_value_heads`; transformers 5.15 and
 later writes `per_layer_config` instead, its layer numbers as zero-padded strings. Both are read,
-both are written (architecture.md 1.5).
+both are written (docs/gemma4.md 11.3).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Our names are those on disk without their prefix, so one table of prefixes is the whole key map
 and its inverse. Headers are checked against the model before a byte of a tensor is read; each
-tensor is then read once, only the rows that are wanted, a piece at a time.
+tensor is then read once, only the rows that are wanted, a piece at a time. See docs/gemma4.md 11.1, 11.2.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 Values come from fixed blocks of rows, each seeded by (seed, parameter name, block), so a
 rank that holds a shard draws exactly the values one process would, and never the whole tensor.
+Which tensor starts how is in docs/gemma4.md 12.
 """
 
 from __future__ import annotations

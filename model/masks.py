@@ -4,6 +4,7 @@ Causal, sliding-window and packed-document masks are all intervals [first_key, l
 query's own row, so one pair of integers per position stands behind every attention kernel:
 `blocks` for the CPU kernel, `mask_mod` for flex attention, `dense` for tests.
 A plan that cuts sequences among devices adds to the mask, in a subclass, how keys come together.
+Which keys Gemma 4 shows a query is in docs/gemma4.md 3.4 and 3.5. Q counts the queries of a row, padded to one number.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def attention_mask(
     vision_BS: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> AttentionMask:
-    """Causal mask of every position of a batch: within the document, within the window.
+    """Causal mask of every position of a batch: within the document, within the window (docs/gemma4.md 3.4).
 
     A document is a run of equal ids; ids need not be unique across runs. Positions of a run of
     `vision_BS` (bool; the soft tokens of one image or frame) also see the rest of their run.
@@ -170,7 +171,7 @@ def attention_mask(
 def layer_masks(
     config: Gemma4Config, types_BS: Tensor, document_ids_BS: Tensor | None
 ) -> dict[LayerType, AttentionMask]:
-    """Causal; on sliding layers of 12B, 26B and 31B an image's soft tokens see each other both ways."""
+    """Masks by layer type: causal; on sliding layers of 12B, 26B and 31B images see both ways (docs/gemma4.md 3.5)."""
     masks: dict[LayerType, AttentionMask] = {}
     for kind in dict.fromkeys(config.layer_types):
         sliding = kind == "sliding_attention"

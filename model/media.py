@@ -1,6 +1,7 @@
 """What a batch holds besides tokens: patches of images and frames of sound, and where their soft tokens go.
 
-Everything is laid end to end without padding, in the order of the placeholders in the batch.
+Everything is laid end to end without padding, in the order of the placeholders in the batch (docs/gemma4.md 8.4).
+T counts patches or frames; C numbers make a patch, F a frame.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """Vision transformer over 16 x 16 patches, pooled 3 x 3 into soft tokens (architecture.md 1.2, 4.3)."""
+    """Vision transformer over 16 x 16 patches, pooled 3 x 3 into soft tokens (docs/gemma4.md 8.1)."""
 
     hidden_size: int
     intermediate_size: int
@@ -42,7 +42,7 @@ class VisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionEmbedderConfig:
-    """12B: merged 48 x 48 patches through three layer norms and a linear map (architecture.md 4.5)."""
+    """12B: merged 48 x 48 patches through three layer norms and a linear map (docs/gemma4.md 8.2)."""
 
     mm_embed_dim: int
     patch_size: int = 16
@@ -67,7 +67,7 @@ class VisionEmbedderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AudioConfig:
-    """Conformer over log-mel frames, one soft token for four frames (architecture.md 1.3, 4.2)."""
+    """Conformer over log-mel frames, one soft token for four frames (docs/gemma4.md 9.1)."""
 
     hidden_size: int = 1024
     num_hidden_layers: int = 12
@@ -107,7 +107,7 @@ class AudioConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AudioEmbedderConfig:
-    """12B: frames of 640 waveform samples, normed and mapped (architecture.md 4.5)."""
+    """12B: frames of 640 waveform samples, normed and mapped (docs/gemma4.md 9.3)."""
 
     audio_embed_dim: int = 640
     rms_norm_eps: float = 1e-6

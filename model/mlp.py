@@ -1,4 +1,4 @@
-"""The gated feed-forward block: down(gelu_tanh(gate(x)) * up(x)), no biases."""
+"""The gated feed-forward block: down(gelu_tanh(gate(x)) * up(x)), no biases (docs/gemma4.md 5.1)."""
 
 from __future__ import annotations
 

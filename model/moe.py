@@ -1,6 +1,7 @@
 """Mixture of experts of the 26B-A4B: float32 router, grouped matmul over experts, dropless.
 
 The sum over a token's experts runs in the order of its top-k, so it depends on the data only.
+In the grouped product K and N are a matrix's in-features and out-features, as in [E, K, N].
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def grouped_mm(x_TK: Tensor, weight_EKN: Tensor, *, offs: Tensor) -> Tensor:
 class Router(nn.Module):
     """Scores the un-normed stream: softmax over all experts in float32, top-k, renormalise, per-expert scale.
 
-    `observer` is called with the scores [T, E] and the chosen experts [T, top_k]: it may count the choices, and add
-    to the gradient of the scores by a hook.
+    The formula is in docs/gemma4.md 5.2. `observer` is called with the scores [T, E] and the chosen experts [T, top_k]:
+    it may count the choices, and add to the gradient of the scores by a hook.
     """
 
     observer: Callable[[Tensor, Tensor], None] | None
@@ -90,7 +91,7 @@ class _Combine(torch.autograd.Function):
 
 
 class Experts(nn.Module):
-    """All experts' weights packed: axis 0 expert; gate rows, then up rows; each matrix acts as [out, in]."""
+    """All experts' weights packed: axis 0 expert; gate rows, then up rows; [out, in] each (docs/gemma4.md 5.3)."""
 
     grouped_mm: Callable[..., Tensor]
 

@@ -1,4 +1,4 @@
-"""RMSNorm as Gemma 4 has it: plain weight (not 1 + w), all of it in float32, one cast back."""
+"""RMSNorm as Gemma 4 has it: plain weight (not 1 + w), all of it in float32, one cast back (docs/gemma4.md 2.2)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Per-layer embeddings (E2B, E4B): a second vocabulary table whose row holds one vector per layer.
 
-`ple = (rms(x0 @ Wm^T * D^-1/2) + T[ids] * sqrt(P)) / sqrt(2)`, one slice for each layer.
+`ple = (rms(x0 @ Wm^T * D^-1/2) + Table[ids] * sqrt(P)) / sqrt(2)`, one slice for each layer (docs/gemma4.md 6).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def per_layer_inputs(
     rows: Rows | None,
     narrow_at: int,
 ) -> tuple[Tensor, ...]:
-    """One [T, P] per layer; layers from `narrow_at` on get `rows` only.
+    """Per-layer inputs (docs/gemma4.md 6), one [T, P] per layer; layers from `narrow_at` on get `rows` only.
 
     `x_TD` is the embedded stream after media were scattered in.
     """
@@ -45,6 +45,6 @@ def per_layer_inputs(
 
 
 def scaled_embedding(tokens_T: Tensor, table: nn.Module, width: int) -> Tensor:
-    """Rows of the table times sqrt(width), the factor rounded to the table's dtype first."""
+    """Rows of the table times sqrt(width), the factor rounded to the table's dtype first (docs/gemma4.md 2.1)."""
     rows = table(tokens_T)
     return rows * torch.tensor(width**0.5, dtype=rows.dtype).item()

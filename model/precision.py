@@ -1,7 +1,7 @@
 """The dtype in which norms, scores, losses and sums are computed: float32, or float64 in a float64 model.
 
 A model in bfloat16 or float32 accumulates in float32. In float64, by which plans are proved equal,
-nothing may fall back to float32: an error of 1e-8 would hide a wrong term.
+nothing may fall back to float32: an error of 1e-8 would hide a wrong term. See docs/gemma4.md 13.
 """
 
 from __future__ import annotations

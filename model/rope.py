@@ -2,7 +2,7 @@
 
 Full layers rotate only the first `partial_rotary_factor * H / 2` pairs; the exponent is still
 divided by the whole head width. The other pairs have frequency zero, so they are passed
-through untouched instead of being multiplied by cos 0 and sin 0.
+through untouched instead of being multiplied by cos 0 and sin 0. See docs/gemma4.md 4.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class RotaryTable:
 
 
 def inverse_frequencies(config: Gemma4Config, layer_type: LayerType, device: torch.device) -> Tensor:
-    """Frequencies [R] in float32 of the pairs that rotate."""
+    """Frequencies [R] in float32 of the pairs that rotate (docs/gemma4.md 4)."""
     if layer_type == "full_attention":
         head_dim, theta = config.global_head_dim, config.global_rope_theta
         num_rotated = int(config.partial_rotary_factor * head_dim // 2)
@@ -40,14 +40,14 @@ def inverse_frequencies(config: Gemma4Config, layer_type: LayerType, device: tor
 
 
 def rotary_table(config: Gemma4Config, layer_type: LayerType, positions_T: Tensor, dtype: torch.dtype) -> RotaryTable:
-    """Angles in float32, cos and sin cast to the activation dtype."""
+    """cos and sin at some positions, of angles in float32, cast to the activation dtype (docs/gemma4.md 4, 13)."""
     frequencies = inverse_frequencies(config, layer_type, positions_T.device)
     angles_TR = positions_T[:, None] * frequencies.to(accumulation_dtype(dtype))
     return RotaryTable(angles_TR.cos().to(dtype), angles_TR.sin().to(dtype))
 
 
 def axial_rotary_table(head_dim: int, theta: float, positions_T2: Tensor, dtype: torch.dtype) -> RotaryTable:
-    """cos and sin [T, 2, H/4]: one half of the head turns with the column, the other with the row."""
+    """cos and sin [T, 2, H/4]: half of the head turns with the column, half with the row (docs/gemma4.md 4, axial)."""
     half = head_dim // 2
     frequencies = 1.0 / theta ** (torch.arange(0, half, 2, device=positions_T2.device).float() / half)
     angles_T2R = positions_T2[..., None] * frequencies.to(accumulation_dtype(dtype))

@@ -1,7 +1,8 @@
-"""Images to soft tokens: the vision tower, and the 12B's embedder that has none (architecture.md 4.3, 4.5).
+"""Images to soft tokens: the vision tower, and the 12B's embedder that has none (docs/gemma4.md 8).
 
 Both take patches of any number of images laid end to end, without padding; attention stays
-inside an image because every query's key interval is its own image.
+inside an image because every query's key interval is its own image. T counts patches, D is the
+encoder's width, and C the width of what a projector takes or, in `values_TC`, of a patch.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class VisionEncoder(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Patches [T, 3 * patch_size^2] to soft tokens [T / pool^2, D]."""
+    """Patches [T, 3 * patch_size^2] to soft tokens [T / pool^2, D] (docs/gemma4.md 8.1)."""
 
     std_bias: Tensor
     std_scale: Tensor
@@ -122,7 +123,7 @@ class VisionTower(nn.Module):
 
 
 class VisionEmbedder(nn.Module):
-    """12B: merged patches [T, 6912] to soft tokens [T, D]."""
+    """12B: merged patches [T, 6912] to soft tokens [T, D] (docs/gemma4.md 8.2)."""
 
     def __init__(self, config: VisionEmbedderConfig) -> None:
         super().__init__()
@@ -141,7 +142,7 @@ class VisionEmbedder(nn.Module):
 
 
 class MediaProjector(nn.Module):
-    """Encoder output [T, C] to the text stream's width: a weightless norm, then a linear map."""
+    """Encoder output [T, C] to the text stream's width: a weightless norm, then a linear map (docs/gemma4.md 8.3)."""
 
     def __init__(self, input_size: int, hidden_size: int, eps: float) -> None:
         super().__init__()

@@ -3,6 +3,8 @@
 Gradients here are those of the sum over ranks of what each computes. A tensor that several
 ranks hold alike gets a part of its gradient on each, and the parts add up to all of it; a
 parameter's parts are added when FSDP reduces.
+
+Letters of this file: R ranks, or in `table_RC` the rows of a table that a rank holds; C columns; U unique ids.
 """
 
 from __future__ import annotations

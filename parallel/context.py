@@ -12,6 +12,9 @@ mask all ranks have as many visible pairs. What a layer's queries see of other r
 
 Masks are made of the whole sequence, which every rank of `cp` has, and carry the plan of their
 exchange; documents shorten what crosses.
+
+Letters of this file: X chunks, C positions of a chunk, R ranks, P positions of a rank; V the chunks of all rows
+that a rank holds, each a row of its own with W keys.
 """
 
 from __future__ import annotations

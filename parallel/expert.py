@@ -3,6 +3,8 @@
 One copy of a token goes to each rank that has any of its experts, and one row comes back: the
 weighted sum over that rank's experts. Nothing is dropped. At home a token's rows are added in
 float32 in the order of ranks, so that the sum does not depend on when they arrive.
+
+Letters of this file: R ranks, C copies that a rank sends, A copies that arrived on it.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ class ParallelExperts(nn.Module):
         return gather_tokens(F.pad(out_TD, (0, 0, 0, most - len(out_TD))), plan.group)[: len(x_TD)]
 
     def _routed(self, x_TD: Tensor, weights_Tk: Tensor, indices_Tk: Tensor) -> Tensor:
-        """R ranks, C copies sent, and A copies that arrived here."""
+        """Each token's weighted sum [T, D] over its experts, on whichever ranks they are."""
         if self.group.size() == 1:  # nothing travels, and the numbers are those of `Experts`
             gate_up, down = local_part(self.gate_up_proj), local_part(self.down_proj)
             return run_routed(x_TD, weights_Tk, indices_Tk, gate_up, down, self.grouped_mm)

@@ -10,6 +10,8 @@ Operands are e4m3; gradients are e5m2 by the tensorwise recipe and e4m3 by the r
 rowwise recipe and the experts scale each row along the axis that is summed over, by a power of
 two, so that a number is rounded alike whatever shares its row or, on a mesh, its rank. Where ranks
 have parts of a gradient (see `parallel.collectives`), each rounds its own.
+
+Letters of this file: K in-features and N out-features of a product.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from parallel.sharded import local_part
 
 Product = Callable[[Tensor, Tensor], Tensor]
-"""Of x [T, K] and a weight [N, K], as `F.linear`."""
+"""The product of x [T, in-features] and a weight [out-features, in-features], as `F.linear` makes it."""
 
 
 class ParallelLinear(nn.Linear):

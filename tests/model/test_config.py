@@ -9,7 +9,7 @@ from model import ConfigError, Gemma4, Gemma4Config
 from model.variants import VARIANT_NAMES
 from tests.report import report
 
-# Total, language model, token table, per-layer table, vision and audio encoder, their projectors: architecture.md 1.6.
+# Total, language model, token table, per-layer table, vision and audio encoder, their projectors: docs/gemma4.md 1.2.
 PARTS = ("total", "language model", "token table", "per-layer table", "vision", "embed_vision", "audio", "embed_audio")
 PARAMETERS = {
     "e2b": (
