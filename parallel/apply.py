@@ -75,7 +75,10 @@ class ParallelModel:
 def build_parallel_model(
     config: Gemma4Config, mesh: Mesh, device: torch.device, fill: Fill, options: Options | None = None
 ) -> ParallelModel:
-    """Parts on `meta`, each with its plans from the inside out, then storage and values."""
+    """A model, or the stages of it that this rank holds, built on `meta`, laid over the mesh, then given values.
+
+    The order of the plans is not free; each line says why it stands where it does.
+    """
     layout, options = mesh.layout, options or Options()
     with torch.device("meta"):
         stages = _stages(config, mesh, options) if layout.pp > 1 else []
@@ -86,19 +89,29 @@ def build_parallel_model(
     tensor, products = None, ""
     routers: list[RouterBalance] = []
     for part in parts:
+        # Frozen first: every plan below passes `requires_grad` on to the parameters it makes.
         for name in options.frozen:
             if hasattr(part, name):
                 part.get_submodule(name).requires_grad_(False)
+        # Tensor parallel replaces linear layers, table and head; what comes later changes the ones it made.
         tensor = apply_tensor_parallel(part, mesh.tp, layout.sequence_parallel) if layout.tp > 1 else None
+        # Experts after it, since its ranks, which hold the same tokens, then share them out.
         apply_expert_parallel(part, mesh, tensor)
         routers += watch_routers(part, mesh.groups, options.balance_loss, options.router_z_loss)
+        # Context parallel replaces nothing: it is how the attention modules, by now final, get their keys.
         if context is not None:
             context.apply(part)
+        # float8 needs the sizes that are left on a rank, which a GPU must accept, and the final expert modules.
         products = apply_float8(part, options.float8)
+        # Deferral takes the layers whose product is still the plain one.
         if options.pp_schedule == "zero_bubble" and isinstance(part, Gemma4Stage):
             part.deferred = defer_weight_gradients(part)
+        # Tables whose rows stay sharded: after tensor parallel, which may have split the token table already, and
+        # before FSDP, which must leave them alone.
         sharded_rows = shard_embedding_rows(part, mesh, options.compute_dtype, tensor)
+        # Recomputation inside FSDP: a layer is gathered again for the backward before it is computed again.
         apply_activation_checkpoint(part, options.activation_checkpoint, options.activation_checkpoint_every)
+        # FSDP last of all plans, over parameters that are final in number, shape and dtype.
         shard(
             part,
             mesh,
@@ -107,6 +120,7 @@ def build_parallel_model(
             reshard_after_forward=options.reshard_after_forward,
             cpu_offload=options.cpu_offload,
         )
+        # Storage at the end: each rank allocates only the slices it keeps.
         initialise(part, device, fill, offloaded=options.cpu_offload)
     pipeline, model = None, cast(nn.Module, parts[0])
     if stages:
