@@ -22,7 +22,7 @@ from parallel.apply import Options, build_parallel_model
 from parallel.cut import check_pipeline
 from parallel.grad_norm import num_holders
 from parallel.layout import Layout, resolve_layout
-from parallel.mesh import World, build_mesh, micro_batch_size
+from parallel.mesh import Mesh, World, build_mesh, micro_batch_size
 from tests.compare import hold, relative_error
 from tests.distributed import run_ranks
 from train.config import OptimizerConfig
@@ -243,7 +243,7 @@ def _reference(case: Case, dtype: torch.dtype) -> Run:
 def train(case: Case, world: World, expected: Run) -> Errors:
     """The same on this rank of the case's mesh, each gradient compared as soon as it is whole."""
     layout = resolve_layout(world.size, case.layout, case.config, case.length)
-    mesh = build_mesh(CPU, layout)
+    mesh = mesh_of(layout)
     parallel = build_parallel_model(
         case.config,
         mesh,
@@ -274,6 +274,12 @@ def train(case: Case, world: World, expected: Run) -> Errors:
         optimizer.step()
         optimizer.zero_grad()
     return found
+
+
+@cache
+def mesh_of(layout: Layout) -> Mesh:
+    """One set of process groups for all cases of a rank that have this layout."""
+    return build_mesh(CPU, layout)
 
 
 def share_of(batch: Batch, case: Case, layout: Layout, rank: int) -> list[Batch]:
