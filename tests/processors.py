@@ -41,24 +41,19 @@ QUICK_SETTINGS = ("SSE4.2",)
 NUMERIC = (
     *(f"tests/model/test_{name}.py" for name in ("parity", "multimodal_parity", "supervised", "attention", "generate")),
     "tests/model/test_head.py::test_values_and_gradients_equal_the_plain_loss",
-    *(
-        f"tests/parallel/test_{name}.py"
-        for name in (
-            "any_mesh",
-            "context",
-            "embedding_shards",
-            "expert",
-            "float8",
-            "media_mesh",
-            "mesh_parity",
-            "pipeline",
-            "vocabulary",
-        )
-    ),
+    *(f"tests/parallel/test_{name}.py" for name in ("context", "embedding_shards", "expert", "pipeline", "vocabulary")),
+    "tests/parallel/test_any_mesh.py::test_any_mesh_loads_what_any_mesh_saved[e2b]",
+    "tests/parallel/test_float8.py::test_loss_and_gradients_are_close_to_those_without_it",
+    "tests/parallel/test_float8.py::test_gradients_of_a_model_that_has_learned_are_those_of_bfloat16",
+    "tests/parallel/test_float8.py::test_a_mesh_equals_one_rank",
+    "tests/parallel/test_media_mesh.py::test_media_on_any_mesh_give_the_gradients_of_one_process",
+    "tests/parallel/test_mesh_parity.py::test_a_mesh_equals_one_process_in_float32",
+    "tests/parallel/test_mesh_parity.py::test_options_change_no_number",
     "tests/train/test_chat_training.py::test_every_mesh_and_worker_count_gives_the_same_losses",
     "tests/train/test_resume.py::test_a_killed_run_goes_on",
     "tests/train/test_weights.py::test_the_first_loss_is_that_of_the_weights_and_every_mesh_goes_on_alike",
 )
+"""Each kind of comparison, and all that is in float32. The whole matrix is in float64, far within its bound."""
 QUICK = (
     "tests/model/test_parity.py::test_logits_and_gradients_equal_the_reference",
     "tests/parallel/test_float8.py::test_gradients_of_a_model_that_has_learned_are_those_of_bfloat16",
