@@ -34,7 +34,7 @@ class Objective(Protocol):
 
     @property
     def sums(self) -> tuple[str, ...]:
-        """Names of the sums that a `Loss` of it holds, the same on every rank: loss, count, then those of its metrics."""
+        """Names of the sums in a `Loss` of it, the same on every rank: loss, count, then those of its metrics."""
         ...
 
     def units(self, batch: Batch) -> int:
