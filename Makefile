@@ -5,6 +5,7 @@ BIN := .venv/bin
 .PHONY: setup train test test-slurm lint
 
 setup: .venv/.installed
+	$(BIN)/python -m launch.torchrun_script
 
 .venv/.installed: pyproject.toml launch/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

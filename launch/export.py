@@ -67,6 +67,10 @@ def export_run(options: Options) -> None:
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
+def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "2")
     run(Options, export_run, __doc__)
+
+
+if __name__ == "__main__":
+    main()

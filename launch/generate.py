@@ -147,5 +147,9 @@ def print_generated(options: Options) -> None:
     print()
 
 
-if __name__ == "__main__":
+def main() -> None:
     run(Options, print_generated, __doc__)
+
+
+if __name__ == "__main__":
+    main()

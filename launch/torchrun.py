@@ -28,6 +28,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def with_script(arguments: list[str], script: str) -> list[str]:
+    """The arguments with `script` put in where the launcher's own options end."""
+    own = parse([*arguments, script]).training_script_args
+    end = len(arguments) - len(own)
+    return [*arguments[:end], script, *arguments[end:]]
+
+
 def main() -> None:
     # The agent logs each dead worker as an error of its own; the workers' words and ours suffice.
     for name in ("agent.server.api", "multiprocessing.api", "multiprocessing.errors.error_handler"):

@@ -3,6 +3,7 @@
     python train/main.py                                          # a tiny model on this machine
     torchrun --nproc 8 train/main.py +variant=31b                 # a released size on eight GPUs
     torchrun --nproc 2 train/main.py +variant=tiny_31b train.steps=50 optimizer.lr=1e-3
+    gemwright train --nproc 8 +variant=31b                        # installed, from any folder
 
 Any key of train/config.py may follow as KEY=VALUE. The run folder (run.dir) gets config.yaml,
 metrics.jsonl, samples.jsonl, loss.png and checkpoints/; the same command goes on where it stopped.
@@ -15,6 +16,10 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: the packages beside train/ come first, train/ itself is none
     sys.path[:] = [str(Path(__file__).resolve().parent.parent), *sys.path[1:]]
+if __name__ == "__main__":  # here, since an import below would break on somebody else's package
+    from train.own_packages import require_own_packages
+
+    require_own_packages()
 
 import logging
 import os

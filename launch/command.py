@@ -1,0 +1,86 @@
+"""The sub-commands of `gemwright`; the module of one is imported once it is chosen."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from typing import NamedTuple, NoReturn
+
+
+class Command(NamedTuple):
+    module: str
+    help: str
+    example: str
+    on_ranks: bool = False
+    """Whether options of torchrun may come first: then the command runs in as many processes as they say."""
+
+
+COMMANDS = {
+    "train": Command("train.main", "Train or fine-tune.", "--nproc 8 +variant=31b run.dir=runs/mine", True),
+    "export": Command(
+        "launch.export", "Write a checkpoint as a folder that transformers opens.", "run=runs/mine out=my-gemma", True
+    ),
+    "generate": Command("launch.generate", "Write text with such a folder.", 'weights=my-gemma prompt="Hello"'),
+    "variants": Command("launch.variants", "List models, their sizes and parameters.", "e4b 31b"),
+    "benchmark": Command("launch.benchmark", "Measure a kernel or a step beside the plain one.", "attention"),
+    "prepare": Command("data.prepare", "Tokenise texts once and keep the result.", "--source texts"),
+    "show": Command("data.show", "Print conversations with what is learned in colour.", "chats.jsonl"),
+}
+
+
+def main() -> None:
+    """Run the sub-command that the command line names, once the packages it imports are known to be ours."""
+    try:
+        from train.own_packages import require_own_packages
+    except ImportError:
+        sys.exit("error: the package 'train' on the path is not Gemwright's; take its folder off PYTHONPATH.")
+    require_own_packages()
+    if not sys.argv[1:] or sys.argv[1] in ("-h", "--help"):
+        print(overview())
+        sys.exit(0 if sys.argv[1:] else 1)
+    name, *arguments = sys.argv[1:]
+    if name not in COMMANDS:
+        _unknown(name)
+    command = COMMANDS[name]
+    module = command.module
+    options = [argument for argument in arguments if argument.startswith("-")]
+    if command.on_ranks and options and not {"-h", "--help"}.intersection(options):
+        module, arguments = "launch.torchrun", _on_ranks(name, arguments)
+    sys.argv = [f"gemwright {name}", *arguments]
+    sys.exit(importlib.import_module(module).main())
+
+
+def _on_ranks(name: str, arguments: list[str]) -> list[str]:
+    """What torchrun is told, to run a command in several processes."""
+    from launch.torchrun import with_script
+
+    spec = importlib.util.find_spec(COMMANDS[name].module)
+    assert spec is not None and spec.origin is not None
+    launched = with_script(arguments, spec.origin)
+    own = launched[launched.index(spec.origin) + 1 :]
+    late = next((argument for argument in own if argument.startswith("-")), None)
+    if late is not None:
+        sys.exit(f"error: {late} comes too late; options of torchrun go first, as in: gemwright {name} --nproc 8 ...")
+    return launched
+
+
+def overview() -> str:
+    """Every sub-command with one line on it and an example."""
+    lines = ["gemwright COMMAND [ARGUMENT ...]", ""]
+    for name, command in COMMANDS.items():
+        lines += [f"  {name:<10} {command.help}", f"{'':13}gemwright {name} {command.example}"]
+    ranks = " and ".join(name for name, command in COMMANDS.items() if command.on_ranks)
+    return "\n".join(
+        [*lines, "", f"{ranks} take options of torchrun, before their own arguments.", "gemwright COMMAND --help"]
+    )
+
+
+def _unknown(name: str) -> NoReturn:
+    from model.errors import nearest  # with it comes torch, which the other paths load only when they need it
+
+    sys.exit(f"error: '{name}' is no command; nearest: {nearest(name, COMMANDS)} (all: {', '.join(COMMANDS)}).")
+
+
+if __name__ == "__main__":
+    main()
