@@ -24,7 +24,7 @@ class Counts:
 
     kept: int = 0
     cut: int = 0
-    """Of those kept, the ones that lost turns at the end."""
+    """Conversations that were kept, but lost turns at the end."""
     too_long: int = 0
     """Left out: nothing supervised in the turns that fit."""
     unsupervised: int = 0

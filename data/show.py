@@ -118,7 +118,7 @@ def _tokens(
 
 
 def _pieces(text: str, tokenizer: Tokenizer, control_tokens: bool) -> list[str]:
-    """Of several tokens that share a character, the last has it."""
+    """Where several tokens share a character, the last has it."""
     starts = [start for start, _ in tokenise(text, tokenizer, control_tokens).offsets]
     return [text[start:end] for start, end in pairwise([*starts, len(text)])]
 

@@ -81,7 +81,7 @@ def blocked_partial(q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: Attenti
 
 
 class _BlockedPartial(torch.autograd.Function):
-    """As `_Blocked`, with the log-sum-exp; a query may see nothing."""
+    """The function of `_Blocked` with the log-sum-exp beside it; a query may see nothing."""
 
     @staticmethod
     def forward(ctx: Any, q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor]:
@@ -201,7 +201,7 @@ def flex_over(kernel: Callable[..., Any], q_TNH: Tensor, k_BSKH: Tensor, v_BSKH:
 def flex_partial_over(
     kernel: Callable[..., Any], q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask
 ) -> tuple[Tensor, Tensor]:
-    """As `flex_over`, with the log-sum-exp."""
+    """The outputs of `flex_over`, with the log-sum-exp."""
     out_BNQH, aux = _run_flex(kernel, q_TNH, k_BSKH, v_BSKH, mask, return_aux=AuxRequest(lse=True))
     return _real(out_BNQH, mask), _real(aux.lse, mask)
 

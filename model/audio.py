@@ -43,7 +43,7 @@ class Clips(NamedTuple):
 
     @classmethod
     def of(cls, lengths: list[int], config: AudioConfig, like: Tensor) -> Clips:
-        """Of clips of so many frames each, for a stream on the device and in the dtype of `like`."""
+        """Windows of clips of so many frames each, on the device and in the dtype of `like`."""
         device, total = like.device, sum(lengths)
         sizes = torch.tensor(lengths, dtype=torch.long, device=device)
         start_T = (sizes.cumsum(0) - sizes).repeat_interleave(sizes, output_size=total)

@@ -133,7 +133,7 @@ class Gemma4(nn.Module):
     def contexts(
         self, masks: dict[LayerType, AttentionMask], positions: Tensor | None, rows: Rows | None, dtype: torch.dtype
     ) -> tuple[dict[LayerType, LayerContext], dict[LayerType, LayerContext]]:
-        """By attention type, what layers get before and after the stream narrows to `rows`."""
+        """What layers of each attention type get, before and after the stream narrows to `rows`."""
         contexts: dict[LayerType, LayerContext] = {}
         narrowed: dict[LayerType, LayerContext] = {}
         for kind, mask in masks.items():

@@ -102,7 +102,7 @@ class LossGradients:
 
     @staticmethod
     def scaled(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Those saved, times the gradient of the loss."""
+        """The saved gradients, times the gradient of the loss."""
         of_hidden, of_weight = ctx.saved_tensors
         # In place, since a copy would be as large as the head; autograd itself refuses a second backward.
         if of_hidden is not None:
@@ -122,7 +122,7 @@ def capped_scores_(out: Tensor, hidden: Tensor, weight_VD: Tensor, softcap: floa
 
 
 def default_chunk_size(device: torch.device, vocabulary: int) -> int:
-    """As many tokens as keep a buffer [chunk, vocabulary] near 16 MiB on a CPU and 256 MiB on a GPU; at least 64."""
+    """Tokens that keep a buffer [chunk, vocabulary] near 16 MiB on a CPU and 256 MiB on a GPU; at least 64."""
     return max(64, (1 << (22 if device.type == "cpu" else 26)) // vocabulary)
 
 

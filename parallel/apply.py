@@ -132,7 +132,7 @@ def build_parallel_model(
 
 
 def _stages(config: Gemma4Config, mesh: Mesh, options: Options) -> list[Gemma4Stage]:
-    """Those of this rank: every pp-th."""
+    """The stages of this rank: every pp-th."""
     count = num_stages(options.pp_schedule, options.pp_virtual, mesh.layout.pp)
     spans = cut_layers(config, options.sequence_length, count)
     return [Gemma4Stage(config, span) for span in spans[mesh.at["pp"] :: mesh.layout.pp]]

@@ -59,7 +59,7 @@ class WindowMask(AttentionMask):
 
 @dataclass(frozen=True)
 class GatheredMask(AttentionMask):
-    """Over all positions; `order_T` finds them among the ranks' tokens end to end."""
+    """A mask over all positions; `order_T` finds them among the ranks' tokens end to end."""
 
     order_T: Tensor
 
@@ -69,7 +69,7 @@ class GatheredMask(AttentionMask):
 
 @dataclass(frozen=True)
 class RingMask(AttentionMask):
-    """Over all positions; `parts` are its parts over the blocks that come around the ring.
+    """A mask over all positions; `parts` are its parts over the blocks that come around the ring.
 
     `positions` [T] of each block's tokens are those by which keys are rotated.
     """
@@ -144,7 +144,7 @@ class ContextParallel:
         return isinstance(mask, RingMask)
 
     def attend(self, q_TNH: Tensor, key_value: KeyValue | RawKeyValue, mask: AttentionMask) -> Tensor:
-        """As `attention`."""
+        """Outputs of `attention`, over the keys of all ranks."""
         if isinstance(key_value, RawKeyValue):
             assert isinstance(mask, RingMask)
             make = partial(self._made_of_raw, mask.positions)

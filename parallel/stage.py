@@ -142,7 +142,7 @@ def carried_types(config: Gemma4Config, border: int) -> list[LayerType]:
 def shapes_at(
     config: Gemma4Config, border: int, tokens: int, stream: int, held: Callable[[int], int]
 ) -> tuple[tuple[int, ...], ...]:
-    """Of what crosses, for so many tokens and rows of the stream on this rank; `held`: KV heads here of so many."""
+    """Shapes of what crosses a border, given tokens and stream rows of this rank; `held`: KV heads here of so many."""
     found: list[tuple[int, ...]] = [(stream, config.hidden_size)]
     if config.hidden_size_per_layer_input:
         found.append((config.num_hidden_layers - border, stream, config.hidden_size_per_layer_input))

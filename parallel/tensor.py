@@ -68,7 +68,7 @@ def _split(linear: nn.Linear, plan: TensorParallel, dim: int) -> ParallelLinear:
 
 
 def _split_heads(linear: nn.Linear, plan: TensorParallel, layer: LayerConfig) -> ParallelLinear:
-    """By KV head; with fewer heads than ranks the weight stays whole and a rank computes the head its queries read."""
+    """A linear layer split by KV head; with fewer heads than ranks it stays whole, and each computes one of them."""
     heads = layer.num_kv_heads
     if heads % plan.size == 0:
         return _split(linear, plan, 0)

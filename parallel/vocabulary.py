@@ -85,7 +85,7 @@ class VocabParallelHead(Head):
         z_loss: float = 0.0,
         chunk_size: int | None = None,
     ) -> CrossEntropy:
-        """As `linear_cross_entropy`, with the whole value on every rank.
+        """The loss of `linear_cross_entropy`, with the whole value on every rank.
 
         weight_VD: the DTensor split over `tp`. Each rank must go backward with the same factor on
         its `total`: its gradient of `hidden_TD` is then the part that its rows of the table make,
@@ -110,7 +110,7 @@ class VocabParallelHead(Head):
 
 
 def _rows_per_rank(rows: int, plan: TensorParallel) -> int:
-    """Of a table of `rows`, on all but the last ranks that have any."""
+    """Rows of a table on each rank, but for the last ranks, which have fewer or none."""
     return -(-rows // plan.size)
 
 
@@ -133,7 +133,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         dtype = accumulation_dtype(hidden_TD.dtype)
         nll = hidden_TD.new_zeros((), dtype=dtype)
         z = nll.clone()
-        # As in `model.head`, the same buffers serve every chunk.
+        # The same buffers serve every chunk.
         buffers = hidden_TD.new_empty((2, min(chunk_size, hidden_TD.shape[0]), weight_VD.shape[0]), dtype=dtype)
         for start in range(0, hidden_TD.shape[0], chunk_size):
             hidden, local = hidden_TD[start : start + chunk_size], labels_T[start : start + chunk_size] - first_row

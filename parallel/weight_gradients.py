@@ -19,13 +19,13 @@ from parallel.stage import Gemma4Stage
 
 
 class WeightGradients:
-    """Those that backward passes of one stage have left to make."""
+    """Weight gradients that the backward passes of one stage have left to make."""
 
     def __init__(self) -> None:
         self._left: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def product(self, x_TD: Tensor, weight: Tensor) -> Tensor:
-        """As `F.linear`; its backward leaves the weight's gradient for later."""
+        """The product of `F.linear`, whose backward leaves the weight's gradient for later."""
         return _Product.apply(x_TD, weight, self)
 
     def leave(self, weight: Tensor, grad: Tensor, x_TD: Tensor) -> None:

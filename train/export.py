@@ -87,7 +87,7 @@ class Origin:
 
     @cached_property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """By our names."""
+        """Keyed by our names."""
         return {name: _DTYPES[kind] for name, kind in _read_json(self.folder / "dtypes.json").items()}
 
 

@@ -66,7 +66,7 @@ class CrossEntropy:
 
 
 OBJECTIVES: dict[str, Callable[[TrainConfig], Objective]] = {"cross_entropy": lambda train: CrossEntropy(train.z_loss)}
-"""By the name that `train.objective` takes."""
+"""What makes the objective of each name that `train.objective` takes."""
 
 
 def hidden_states(model: Gemma4, batch: Batch) -> Tensor:

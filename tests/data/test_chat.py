@@ -311,7 +311,8 @@ def test_both_ways_agree_on_random_conversations() -> None:
             rendered = render(messages, tools=tools, size=size, **flags)
         except ChatError as error:
             outcomes["refused"] += 1
-            assert "\n" not in str(error) and str(error).endswith(".")
+            message = str(error)
+            assert "\n" not in message and message.endswith(".")
             with pytest.raises(Exception, match=r"."):
                 with_jinja(messages, tools, size, **flags)
             continue
