@@ -7,6 +7,7 @@ In the grouped product K and N are a matrix's in-features and out-features, as i
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,16 +19,18 @@ from model.norm import RMSNorm
 from model.precision import accumulation_dtype, upcast
 
 
-def grouped_mm(x_TK: Tensor, weight_EKN: Tensor, *, offs: Tensor) -> Tensor:
-    """Each expert's rows of x times its matrix [T, N]; `offs[e]` is the end of expert e's rows.
+def grouped_mm(x: Tensor, weight: Tensor, *, offs: Tensor) -> Tensor:
+    """Products by expert, of whose rows `offs[e]` is the end: x [T, K] and weight [E, K, N] make [T, N].
 
-    torch's kernel has no float64, where experts run one after the other.
+    x [K, T] and weight [T, N] make [E, K, N], the sums over each expert's rows. torch's kernel has no float64, in which
+    experts run one after the other.
     """
-    if x_TK.dtype != torch.float64:
-        return F.grouped_mm(x_TK, weight_EKN, offs=offs)
-    ends = offs.tolist()
-    parts = zip([0, *ends], ends, weight_EKN, strict=False)
-    return torch.cat([x_TK[start:end] @ weight_KN for start, end, weight_KN in parts])
+    if x.dtype != torch.float64:
+        return F.grouped_mm(x, weight, offs=offs)
+    spans = [slice(start, end) for start, end in pairwise([0, *offs.tolist()])]
+    if weight.dim() == 2:
+        return torch.stack([x[:, span] @ weight[span] for span in spans])
+    return torch.cat([x[span] @ weight_KN for span, weight_KN in zip(spans, weight, strict=True)])
 
 
 class Router(nn.Module):

@@ -64,7 +64,8 @@ def exchange_counts(sends_R: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def swap(x: Tensor, other: int, group: dist.ProcessGroup) -> Tensor:
     """What rank `other` of the group gives for x; it must call this too."""
-    peer, received, x = dist.get_global_rank(group, other), torch.empty_like(x), x.contiguous()
+    peer, x = dist.get_global_rank(group, other), x.contiguous()
+    received = torch.empty_like(x)
     operations = [dist.P2POp(dist.isend, x, peer, group), dist.P2POp(dist.irecv, received, peer, group)]
     for request in dist.batch_isend_irecv(operations):
         request.wait()
@@ -75,8 +76,8 @@ def pass_around(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> Passin
     """Start sending tensors to the next rank of a ring and receiving as many of the same shapes from the one before."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     after, before = (dist.get_global_rank(group, (rank + step) % size) for step in (1, -1))
-    received = tuple(torch.empty_like(t) for t in tensors)
     sent = tuple(t.contiguous() for t in tensors)
+    received = tuple(torch.empty_like(t) for t in sent)
     operations = [
         *(dist.P2POp(dist.isend, t, after, group) for t in sent),
         *(dist.P2POp(dist.irecv, t, before, group) for t in received),

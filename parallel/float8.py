@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from model import Gemma4
 from model.errors import ConfigError
-from model.moe import Experts, Router
+from model.moe import Experts, Router, grouped_mm
 from parallel.expert import ParallelExperts
 from parallel.linear import Product, with_product
 
@@ -102,10 +102,10 @@ def float8_product(recipe: str, *, emulate: bool) -> Product:
 def float8_grouped_mm(recipe: str) -> Callable[..., Tensor]:
     """`F.grouped_mm` of x [T, K] and weights [E, K, N] on rounded operands, forward and backward."""
 
-    def grouped_mm(x_TK: Tensor, weight_EKN: Tensor, *, offs: Tensor) -> Tensor:
+    def product(x_TK: Tensor, weight_EKN: Tensor, *, offs: Tensor) -> Tensor:
         return _GroupedProduct.apply(x_TK, weight_EKN, offs, GRADIENT_DTYPES[recipe])
 
-    return grouped_mm
+    return product
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -115,15 +115,15 @@ class _GroupedProduct(torch.autograd.Function):
     def forward(ctx: Any, x_TK: Tensor, weight_EKN: Tensor, offsets_E: Tensor, gradient_dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x_TK, weight_EKN, offsets_E)
         ctx.gradient_dtype = gradient_dtype
-        return F.grouped_mm(rounded(x_TK, -1), rounded(weight_EKN, -2), offs=offsets_E)
+        return grouped_mm(rounded(x_TK, -1), rounded(weight_EKN, -2), offs=offsets_E)
 
     @staticmethod
     def backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x_TK, weight_EKN, offsets_E = ctx.saved_tensors
-        grad_x = F.grouped_mm(
+        grad_x = grouped_mm(
             rounded(grad_TN, -1, ctx.gradient_dtype), rounded(weight_EKN, -1).transpose(-2, -1), offs=offsets_E
         )
-        grad_weight = F.grouped_mm(
+        grad_weight = grouped_mm(
             rounded(x_TK, 0).transpose(0, 1), rounded(grad_TN, 0, ctx.gradient_dtype), offs=offsets_E
         )
         return grad_x, grad_weight, None, None

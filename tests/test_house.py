@@ -62,7 +62,6 @@ UNEXPLAINED = {
     "named as wandb names them": "trackers.wandb.project trackers.wandb.entity trackers.wandb.name "
     "trackers.wandb.group trackers.wandb.tags",
     "explained beside data.tokenizer": "data.tokenizer_vocab_size",
-    "not yet written": "run.seed train.max_grad_norm train.z_loss train.sample_prompts train.sample_tokens",
 }
 
 # Sentences that begin with one of these words are mostly fragments.

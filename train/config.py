@@ -21,6 +21,7 @@ EXPORT_DTYPES = ("auto", "bfloat16", "float32")
 class RunConfig:
     dir: str = "runs/default"
     seed: int = 0
+    """Decides initial values, the order of data, and samples."""
     deterministic: bool = False
     """Two runs are bit-identical, at the price of slower kernels on a GPU."""
     device: str = "auto"
@@ -67,9 +68,11 @@ class TrainConfig:
     micro_batch_size: int = 8
     """Sequences a rank runs at once; lowered by itself when a rank's share of the global batch is smaller."""
     max_grad_norm: float = 1.0
+    """Gradients are scaled down to this 2-norm over all parameters; inf for no clipping."""
     objective: str = "cross_entropy"
     """cross_entropy (of the next token)"""
     z_loss: float = 0.0
+    """Coefficient of the squared log-sum-exp of each token's scores."""
     moe_balance_loss: float = 0.0
     """Coefficient of the loss that evens out the experts' load."""
     moe_router_z_loss: float = 0.0
@@ -77,7 +80,9 @@ class TrainConfig:
     sample_every: int = 50
     """Steps between generated samples; 0 for none."""
     sample_prompts: list[str] = field(default_factory=lambda: ["def ", "import ", "The "])
+    """Texts that generated samples go on from."""
     sample_tokens: int = 48
+    """Most tokens of a sample."""
 
 
 @dataclass

@@ -124,14 +124,12 @@ def fetch(missing: int, asked: Callable[[int], list[int]] = repeated, replicas: 
 def swap_ends(x: Tensor, world: World) -> Tensor:
     """The first and the last rank change places; with more ranks, their group is not all."""
     group = dist.new_group([0, world.size - 1])
-    # contiguous, here and below: what is received has the strides of what is sent, and gloo takes no other
-    return x if 0 < world.rank < world.size - 1 else collectives.swap(x.contiguous(), int(world.rank == 0), group)
+    return x if 0 < world.rank < world.size - 1 else collectives.swap(x, int(world.rank == 0), group)
 
 
 def around(x: Tensor, world: World) -> Tensor:
     """Two tensors of different shapes."""
-    parts = x[:1].contiguous(), x[1:].contiguous()
-    return torch.cat(collectives.pass_around(parts, everyone()).wait())
+    return torch.cat(collectives.pass_around((x[:1], x[1:]), everyone()).wait())
 
 
 def counts(size: int) -> list[Tensor]:

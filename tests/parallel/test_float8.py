@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -259,7 +260,12 @@ MESHES = [
 
 
 def test_a_mesh_equals_one_rank() -> None:
-    """Rowwise: its scales are powers of two, so that numbers are rounded alike whatever shares their row or rank."""
+    """Rowwise: its scales are powers of two, so that numbers are rounded alike whatever shares their row or rank.
+
+    In float64, torchao's emulated sums too: a number within a rounding of the edge between two float8 values goes to
+    either, on one rank or another processor, and is then off by a sixteenth. What is left are numbers so far below the
+    largest of their row, which ranks share in gradients of weights, that float8 gives them fewer bits.
+    """
     configs = {
         "e2b": config_of("e2b", num_key_value_heads=2),
         "26b_a4b": config_of("26b_a4b", num_global_key_value_heads=2),
@@ -269,11 +275,12 @@ def test_a_mesh_equals_one_rank() -> None:
         found = []
         for variant, layout in MESHES:
             if layout.world_size == world.size:
-                options = Options(float8="rowwise", activation_checkpoint="full")
+                options = Options(float8="rowwise", activation_checkpoint="full", compute_dtype=torch.float64)
                 parallel = build_parallel_model(configs[variant], build_mesh(CPU, layout), CPU, fill, options)
                 share = len(batch()[0]) // layout.dp
                 start = layout.data_rank(world.rank) * share
-                loss = backward(parallel.model, slice(start, start + share))
+                with patch.object(torch.Tensor, "float", torch.Tensor.double):
+                    loss = backward(parallel.model, slice(start, start + share))
                 torch.distributed.all_reduce(loss)
                 found.append((variant, layout, float(loss) / layout.tp, flat(whole_gradients(parallel.model))))
         return found
@@ -286,7 +293,7 @@ def test_a_mesh_equals_one_rank() -> None:
             "Meshes in float8 against one rank, rowwise",
             {"variant": variant, "mesh": layout, "loss": f"{errors[0]:.1e}", "gradient": f"{errors[1]:.1e}"},
         )
-        hold("float8 on meshes, rowwise", max(errors), 1e-3, (variant, layout))
+        hold("float8 on meshes, rowwise, float64", max(errors), 1e-5, (variant, layout))
 
 
 def drawn(*shape: int) -> Tensor:
