@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -57,7 +58,7 @@ NUMERIC = (
 QUICK = (
     "tests/model/test_parity.py::test_logits_and_gradients_equal_the_reference",
     "tests/parallel/test_float8.py::test_gradients_of_a_model_that_has_learned_are_those_of_bfloat16",
-    "tests/parallel/test_mesh_parity.py::test_a_mesh_equals_one_process_in_float32[12b-dp2\xb7tp2+sp\xb7cp2]",
+    r"tests/parallel/test_mesh_parity.py::test_a_mesh_equals_one_process_in_float32[12b-dp2\xb7tp2+sp\xb7cp2]",
 )
 
 
@@ -77,8 +78,8 @@ def run(setting: str, tests: tuple[str, ...]) -> tuple[bool, dict[str, tuple[flo
         found = json.loads(errors.read_text()) if errors.exists() else {}
     lines = done.stdout.splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR", "E  "))]
-    summary = [line for line in lines if " passed" in line or " failed" in line][-1:]
-    return done.returncode == 0, found, "\n".join(failed + (summary or [done.stderr[-2000:]]))
+    summary = [line for line in lines if re.search(r"\d (passed|failed)", line)][-1:]
+    return done.returncode == 0, found, "\n".join(failed + summary) or f"{done.stdout}\n{done.stderr}"[-2000:]
 
 
 def table(found: dict[str, dict[str, tuple[float, float]]]) -> str:
