@@ -67,7 +67,7 @@ OPTIONS: dict[str, Case] = {
     ),
     "a vocabulary that does not divide": Case("12b", Layout(tp=4), sizes=(("vocab_size", 203),)),
     "the same, sharded further": Case("31b", Layout(dp_shard=2, tp=2), sizes=(("vocab_size", 203),)),
-    "fewer experts than ranks": Case("26b_a4b", Layout(dp_shard=4), sizes=(("num_experts", 2), ("top_k_experts", 2))),
+    "fewer experts than ranks": Case("26b_a4b", Layout(dp_shard=4), sizes=(("num_experts", 3), ("top_k_experts", 2))),
     "interleaved pipeline": Case("e2b", Layout(pp=2, dp_shard=2), (("pp_schedule", "interleaved"),)),
     "zero-bubble pipeline": Case("31b", Layout(pp=2, tp=2), (("pp_schedule", "zero_bubble"),)),
     "pipeline with recompute": Case("26b_a4b", Layout(pp=2, dp_shard=2, ep=2), (("activation_checkpoint", "full"),)),
