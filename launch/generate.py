@@ -7,7 +7,7 @@
 image=, audio= and video= may be given several times; they come before the prompt, in this order.
 chat: whether the prompt is a user's turn (the default where the folder has a chat template) or
 plain text to go on with. Others: system=TEXT, max_new_tokens=256, top_k=64, top_p=0.95, seed=0,
-device=auto|cpu|cuda, dtype=auto|float32|bfloat16, special=true to see control tokens.
+device=auto|cpu|cuda, dtype=auto|float32|bfloat16|float64, special=true to see control tokens.
 """
 
 from __future__ import annotations

@@ -104,8 +104,7 @@ class Gemma4(nn.Module):
         x_TD = text.norm(x_TD)
         if rows is None:
             return x_TD.unflatten(0, (num_rows, length))
-        # A plan may have padded the rows to divide among ranks. A view would hand the loss, which makes its gradient
-        # in the forward, a buffer of another shape.
+        # A plan may have padded the rows to divide among ranks; what is cut off is copied, so that no view is returned.
         return x_TD if len(x_TD) == rows.count else x_TD[: rows.count].clone()
 
     def embed(

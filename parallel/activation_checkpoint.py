@@ -10,8 +10,8 @@ from model import Gemma4
 def apply_activation_checkpoint(model: Gemma4, mode: str, every: int = 1) -> None:
     """mode: none | full (whole layers) | selective (keep attention and every second product); in every n-th layer.
 
-    Gradients do not change: keys and values shared by layers are layer outputs, and the choice
-    of experts is kept, not made again.
+    Gradients do not change: keys and values shared by layers are layer outputs. The choice of experts is
+    kept where selective, and made again from the same scores where full.
     """
     if mode == "none":
         return

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 worst: dict[str, tuple[float, float]] = {}
-"""Of each kind of comparison, the difference that came nearest to its bound, and that bound."""
+"""The difference that came nearest to its bound in each kind of comparison, and that bound."""
 
 
 def hold(kind: str, error: float, bound: float, where: object = "") -> None:

@@ -58,7 +58,7 @@ class Case:
     variant: str
     layout: Layout = ONE_RANK
     options: tuple[tuple[str, Any], ...] = ()
-    """Of `parallel.apply.Options`."""
+    """Fields of `parallel.apply.Options`."""
     sizes: tuple[tuple[str, Any], ...] = ()
     """Fields of the model that differ from `SMALL`."""
     batch_size: int = 8
@@ -87,7 +87,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Run:
-    """Of each step: loss, gradient norm before clipping, and (first and last step) every gradient and its bound."""
+    """Each step's loss and gradient norm before clipping; the first and last step's gradients with their bounds."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -137,9 +137,9 @@ def check(case: Case) -> None:
 
 
 SUMS_WITHIN = {torch.float64: 1e-10, torch.float32: 1e-5}
-"""Of loss and gradient norm at each step."""
+"""Bound of loss and gradient norm at each step."""
 GRADIENTS_WITHIN = {torch.float64: 1e-10, torch.float32: 1e-4}
-"""Of every gradient; in float32 three times one process's own distance to float64, where that is more."""
+"""Bound of every gradient; in float32 three times one process's own distance to float64, where that is more."""
 
 
 def run(case: Case) -> Errors:

@@ -226,7 +226,7 @@ def make_example(config: Gemma4Config, rows: list[list[Any]], seed: int) -> Exam
 
 
 def _pad_images(config: Gemma4Config, images: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """As the released processors pad: zeros, and position -1."""
+    """Images padded as the released processors do: zeros, and position -1."""
     assert config.vision is not None
     length = SOFT_TOKENS * config.vision.patches_per_token
     values = torch.stack([torch.nn.functional.pad(v, (0, 0, 0, length - len(v))) for v, _ in images])
