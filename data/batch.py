@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from model import Gemma4Config
-from model.config import LayerType
-from model.masks import AttentionMask
+from model.inputs import Inputs, Kept, make_inputs
 from model.media import Media
 
 IGNORE = -100
@@ -34,28 +33,38 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """Integer tensors [B, S]. A document is a run of equal document ids; positions restart in each.
+    """What the model runs on, and the label of every position [B, S] (`IGNORE` where its output is not wanted)."""
 
-    `masks` are set where the batch holds a part of each sequence only; otherwise the model makes them.
-    """
-
-    tokens_BS: Tensor
+    inputs: Inputs
     labels_BS: Tensor
-    positions_BS: Tensor
-    document_ids_BS: Tensor
-    media: Media | None = None
-    masks: dict[LayerType, AttentionMask] | None = None
+
+    @classmethod
+    def make(
+        cls,
+        config: Gemma4Config,
+        tokens_BS: Tensor,
+        labels_BS: Tensor,
+        positions_BS: Tensor,
+        document_ids_BS: Tensor,
+        media: Media | None = None,
+    ) -> Batch:
+        """A batch of integer tensors [B, S]. A document is a run of equal ids; positions restart in each."""
+        supervised_BS = labels_BS != IGNORE
+        return cls(make_inputs(config, tokens_BS, positions_BS, document_ids_BS, supervised_BS, media), labels_BS)
 
     @property
-    def supervised_BS(self) -> Tensor:
-        return self.labels_BS != IGNORE
+    def kept(self) -> Kept:
+        """The supervised positions."""
+        assert self.inputs.kept is not None
+        return self.inputs.kept
+
+    @property
+    def labels_T(self) -> Tensor:
+        """Labels of the supervised positions, in order."""
+        return self.labels_BS.flatten()[self.kept.index[: self.kept.count]]
 
     def to(self, device: torch.device) -> Batch:
-        parts = {name: getattr(self, name) for name in ("tokens_BS", "labels_BS", "positions_BS", "document_ids_BS")}
-        moved = {name: part.to(device, non_blocking=True) for name, part in parts.items()}
-        media = None if self.media is None else self.media.to(device)
-        masks = None if self.masks is None else {kind: mask.to(device) for kind, mask in self.masks.items()}
-        return Batch(**moved, media=media, masks=masks)
+        return Batch(self.inputs.to(device), self.labels_BS.to(device, non_blocking=True))
 
 
 def collate(rows: Sequence[Row], config: Gemma4Config) -> Batch:
@@ -67,4 +76,4 @@ def collate(rows: Sequence[Row], config: Gemma4Config) -> Batch:
     images = [image for row in rows for image in row.images]
     clips = [clip for row in rows for clip in row.clips]
     media = Media.build(config, tokens, images, clips) if images or clips else None
-    return Batch(tokens, labels, positions, documents, media)
+    return Batch.make(config, tokens, labels, positions, documents, media)

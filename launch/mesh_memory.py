@@ -23,8 +23,8 @@ from parallel.apply import Options, build_parallel_model
 from parallel.embedding_shards import ShardedRows
 from parallel.layout import Layout
 from parallel.mesh import World, build_mesh, init_process_group
+from parallel.sequence_parallel import TensorParallel
 from parallel.sharded import local_part
-from parallel.token_split import TensorParallel
 from parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 from train.engine import Engine
 from train.objective import CrossEntropy
@@ -42,8 +42,8 @@ def context(size: int) -> Callable[[], object]:
     parallel = build_parallel_model(config, mesh, CPU, random_fill(0, 0.02, 0), Options(activation_checkpoint="full"))
     engine = Engine(parallel, CrossEntropy(), CPU)
     tokens = torch.randint(3, 500, (1, LENGTH), generator=torch.Generator().manual_seed(0))
-    batch = Batch(tokens, tokens, torch.arange(LENGTH)[None], torch.zeros_like(tokens))
-    return lambda: engine.forward_backward([batch], LENGTH, [(False, False)])
+    batch = Batch.make(config, tokens, tokens, torch.arange(LENGTH)[None], torch.zeros_like(tokens))
+    return lambda: engine.forward_backward([batch], LENGTH)
 
 
 def loss(size: int) -> Callable[[], object]:

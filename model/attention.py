@@ -23,32 +23,19 @@ class KeyValue(NamedTuple):
     v_TKH: Tensor
 
 
-class RawKeyValue(NamedTuple):
-    """What a layer with K = V makes both of (docs/gemma4.md 3.2): the raw product, and the weight of the key norm."""
-
-    raw_TKH: Tensor
-    weight_H: Tensor
-
-
-def normed_key_value(
-    raw_k_TKH: Tensor, raw_v_TKH: Tensor, weight_H: Tensor, table: RotaryTable, eps: float
-) -> KeyValue:
-    """Keys and values of rows at the positions of `table` (docs/gemma4.md 3.1); `weight_H` is that of the key norm."""
-    return KeyValue(apply_rotary(rms_norm(raw_k_TKH, weight_H, eps), table), rms_norm(raw_v_TKH, None, eps))
+def normed_key_value(raw: KeyValue, weight_H: Tensor | None, table: RotaryTable, eps: float) -> KeyValue:
+    """Keys and values at the positions of `table` (docs/gemma4.md 3.1); `weight_H` is that of the key norm."""
+    return KeyValue(apply_rotary(rms_norm(raw.k_TKH, weight_H, eps), table), rms_norm(raw.v_TKH, None, eps))
 
 
 class AttentionPlan(Protocol):
-    """How layers attend where sequences are cut among devices."""
+    """How a layer attends where keys and values of other devices are to be seen."""
 
-    def exchange(self, made: KeyValue, mask: AttentionMask) -> KeyValue:
-        """What queries see for the keys and values made here."""
+    def key_value(self, layer: Attention, raw: KeyValue, table: RotaryTable, mask: AttentionMask) -> KeyValue:
+        """What `attend` and other layers get, of the raw products of `k_proj` and `v_proj` over the tokens here."""
         ...
 
-    def travels_raw(self, mask: AttentionMask) -> bool:
-        """Whether a layer with K = V gives `attend` its `RawKeyValue`."""
-        ...
-
-    def attend(self, q_TNH: Tensor, key_value: KeyValue | RawKeyValue, mask: AttentionMask) -> Tensor: ...
+    def attend(self, layer: Attention, q_TNH: Tensor, key_value: KeyValue, mask: AttentionMask) -> Tensor: ...
 
 
 class Attention(nn.Module):
@@ -69,26 +56,23 @@ class Attention(nn.Module):
             self.v_proj = None if layer.k_eq_v else nn.Linear(D, layer.num_kv_heads * H, bias=False)
             self.k_norm = RMSNorm(H, eps)
 
-    def key_value(self, x_TD: Tensor, table: RotaryTable, mask: AttentionMask) -> KeyValue | RawKeyValue:
+    def key_value(self, x_TD: Tensor, table: RotaryTable, mask: AttentionMask) -> KeyValue:
         """Keys and values of all positions that the queries of `mask` may see."""
-        weight = self.k_norm.weight
-        assert weight is not None
         raw_k = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        if self.v_proj is None and self.plan is not None and self.plan.travels_raw(mask):
-            return RawKeyValue(raw_k, weight)
         raw_v = raw_k if self.v_proj is None else self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        made = normed_key_value(raw_k, raw_v, weight, table, self.eps)
-        return made if self.plan is None else self.plan.exchange(made, mask)
+        raw = KeyValue(raw_k, raw_v)
+        return self.normed(raw, table) if self.plan is None else self.plan.key_value(self, raw, table, mask)
 
-    def forward(
-        self, x_TD: Tensor, key_value: KeyValue | RawKeyValue, table: RotaryTable, mask: AttentionMask
-    ) -> Tensor:
+    def normed(self, raw: KeyValue, table: RotaryTable) -> KeyValue:
+        """Keys and values of the raw products."""
+        return normed_key_value(raw, self.k_norm.weight, table, self.eps)
+
+    def forward(self, x_TD: Tensor, key_value: KeyValue, table: RotaryTable, mask: AttentionMask) -> Tensor:
         """Output [T, D] of the T queries of `mask` against the keys of all positions."""
         q_TNH = self.q_norm(self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim)))
         q_TNH = apply_rotary(q_TNH, table)
-        if self.plan is not None:
-            out_TNH = self.plan.attend(q_TNH, key_value, mask)
-        else:
-            assert isinstance(key_value, KeyValue)
+        if self.plan is None:
             out_TNH = attention(q_TNH, *key_value, mask)
+        else:
+            out_TNH = self.plan.attend(self, q_TNH, key_value, mask)
         return self.o_proj(out_TNH.flatten(1))

@@ -6,7 +6,7 @@ layer costs S * W, a packed full layer the sum over its documents, and unsupervi
 `partial_attention` is for keys that arrive block by block: it also gives the log-sum-exp by which outputs merge.
 Scores are not scaled (Gemma 4 normalises queries and keys) and have no soft cap (docs/gemma4.md 3.1).
 
-Letters of this file: Q queries of a block or padded row, R keys of a block, G = N / K query heads of a KV head.
+Letters of this file: Q queries of a block or padded sequence, R keys of a block, G = N / K query heads of a KV head.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: AttentionMask) 
     """Outputs [T_queries, N, H]; query head n reads KV head n // (N / K)."""
     if q_TNH.shape[0] == 0:  # flex refuses it; keys and values still get their (zero) gradients
         return q_TNH + 0 * (k_TKH.sum() + v_TKH.sum())
-    k_BSKH, v_BSKH = (t.unflatten(0, (mask.num_rows, mask.num_keys)) for t in (k_TKH, v_TKH))
+    k_BSKH, v_BSKH = (t.unflatten(0, (mask.batch_size, mask.num_keys)) for t in (k_TKH, v_TKH))
     return kernel_for(q_TNH.device.type)(q_TNH, k_BSKH, v_BSKH, mask)
 
 
@@ -38,7 +38,7 @@ def partial_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: Attenti
 
     Differentiable in both. A query that sees none of the keys gets 0 and -inf, and gives no gradient.
     """
-    k_BSKH, v_BSKH = (t.unflatten(0, (mask.num_rows, mask.num_keys)) for t in (k_TKH, v_TKH))
+    k_BSKH, v_BSKH = (t.unflatten(0, (mask.batch_size, mask.num_keys)) for t in (k_TKH, v_TKH))
     return (flex_partial if q_TNH.device.type == "cuda" else blocked_partial)(q_TNH, k_BSKH, v_BSKH, mask)
 
 
@@ -127,7 +127,7 @@ def _gradients(
             probabilities = scores.softmax(dim=-1)
         else:
             probabilities = _exp_over(scores, _group(lse_TN[rows, :, None], num_kv_heads))
-        keys = (block.row, slice(block.key_start, block.key_end))
+        keys = (block.sequence, slice(block.key_start, block.key_end))
         grad_v[keys] += (probabilities.to(v.dtype).mT @ grad).transpose(0, 1)
         dot = _group(dot_TN[rows, :, None], num_kv_heads)
         grad_scores = upcast(grad @ v.mT).sub_(dot).mul_(probabilities).to(q.dtype)
@@ -137,7 +137,7 @@ def _gradients(
 
 
 def _gather(block: Block, num_kv_heads: int, q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor) -> tuple[Tensor, ...]:
-    keys = (block.row, slice(block.key_start, block.key_end))
+    keys = (block.sequence, slice(block.key_start, block.key_end))
     q = _group(q_TNH[block.query_start : block.query_end], num_kv_heads)
     return q, k_BSKH[keys].transpose(0, 1), v_BSKH[keys].transpose(0, 1)
 
@@ -194,7 +194,7 @@ def flex_partial(q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionM
 
 
 def flex_over(kernel: Callable[..., Any], q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> Tensor:
-    """Pad the queries of each row to one length, run a flex kernel, and take the real rows back out."""
+    """Pad the queries of each sequence to one length, run a flex kernel, and take the real ones back out."""
     return _real(_run_flex(kernel, q_TNH, k_BSKH, v_BSKH, mask), mask)
 
 
@@ -211,7 +211,7 @@ def _run_flex(
 ) -> Any:
     k, v = k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2)
     padding = mask.padding
-    q_BQNH = q_TNH.unflatten(0, (mask.num_rows, -1)) if padding is None else q_TNH[padding.index_BQ]
+    q_BQNH = q_TNH.unflatten(0, (mask.batch_size, -1)) if padding is None else q_TNH[padding.index_BQ]
     q = q_BQNH.transpose(1, 2)
     return kernel(q, k, v, block_mask=mask.block_mask, scale=1.0, enable_gqa=True, **options)
 

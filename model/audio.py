@@ -11,56 +11,17 @@ C = 2 W keys of a context; in convolutions N clips, C channels, M mel; F numbers
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.clipped_linear import ClippedLinear
+from model.clips import Clips
 from model.media import Frames
 from model.media_config import AudioConfig
 from model.norm import RMSNorm
 from model.precision import accumulation_dtype, upcast
-
-
-class Clips(NamedTuple):
-    """What every layer gets alike about the T flat frames of some clips, made once per batch.
-
-    Attention takes frames in B blocks of one window of W against contexts of C = 2 W: key j of a
-    context lies i + W - j frames before query i. Convolution takes them with a gap of zeros before
-    each clip, which stands for its left padding.
-    """
-
-    distance_WC: Tensor
-    visible_BWC: Tensor
-    """Keys of the window that belong to the query's clip; a padded query sees itself."""
-    sinusoid_WD: Tensor
-    """Encoding of the distances 0 to W - 1."""
-    place_T: Tensor
-    """Where each frame lies among the gaps, and the length of it all."""
-    spread: int
-
-    @classmethod
-    def of(cls, lengths: list[int], config: AudioConfig, like: Tensor) -> Clips:
-        """Windows of clips of so many frames each, on the device and in the dtype of `like`."""
-        device, total = like.device, sum(lengths)
-        sizes = torch.tensor(lengths, dtype=torch.long, device=device)
-        start_T = (sizes.cumsum(0) - sizes).repeat_interleave(sizes, output_size=total)
-        clip_T = torch.arange(len(lengths), device=device).repeat_interleave(sizes, output_size=total)
-        frame_T = torch.arange(total, device=device)
-        W, gap = config.window, config.conv_kernel_size - 1
-        distances = torch.arange(W, device=device)
-        distance_WC = distances[:, None] + W - torch.arange(2 * W, device=device)[None, :]
-        reach_BW = F.pad(frame_T - start_T, (0, -total % W)).view(-1, W)
-        visible_BWC = (distance_WC >= 0) & (distance_WC < W) & (distance_WC <= reach_BW[:, :, None])
-        return cls(
-            distance_WC,
-            visible_BWC,
-            sinusoid(distances, config.hidden_size, like.dtype),
-            frame_T + gap * (clip_T + 1),
-            total + gap * max(len(lengths), 1) + 1,
-        )
 
 
 class SubsampleLayer(nn.Module):
@@ -86,16 +47,15 @@ class SubsampleConvProjection(nn.Module):
         self.layer1 = SubsampleLayer(first, second, config.rms_norm_eps)
         self.input_proj_linear = nn.Linear(config.frame_width // 4 * second, config.hidden_size, bias=False)
 
-    def forward(self, frames: Frames) -> Tensor:
+    def forward(self, values_TF: Tensor, clips: Clips) -> Tensor:
         """Flat frames to flat soft tokens; each clip is convolved as if it stood alone."""
-        x_NCTM = _padded(frames.values_TF, frames.lengths)[:, None]
-        halves = [(n + 1) // 2 for n in frames.lengths]
-        x_NCTM = self.layer0(x_NCTM)
-        real_NT = _is_real(halves, x_NCTM.shape[2], x_NCTM.device)
-        x_NCTM = self.layer1(x_NCTM * real_NT[:, None, :, None])
+        flat = values_TF.new_zeros(clips.count * clips.longest, values_TF.shape[1]).index_copy(
+            0, clips.frames, values_TF
+        )
+        x_NCTM = self.layer0(flat.unflatten(0, (clips.count, clips.longest))[:, None])
+        x_NCTM = self.layer1(x_NCTM * clips.halves_NT[:, None, :, None])
         x_NTD = x_NCTM.permute(0, 2, 3, 1).flatten(2)
-        real_NT = _is_real([(n + 1) // 2 for n in halves], x_NTD.shape[1], x_NTD.device)
-        return self.input_proj_linear(x_NTD.flatten(0, 1)[real_NT.flatten().nonzero()[:, 0]])
+        return self.input_proj_linear(x_NTD.flatten(0, 1)[clips.tokens])
 
 
 class FeedForward(nn.Module):
@@ -130,14 +90,14 @@ class AudioAttention(nn.Module):
         self.relative_k_proj = nn.Linear(D, D, bias=False)
         self.per_dim_scale = nn.Parameter(torch.zeros(self.head_dim))
 
-    def forward(self, x_TD: Tensor, clips: Clips) -> Tensor:
+    def forward(self, x_TD: Tensor, clips: Clips, sinusoid_WD: Tensor) -> Tensor:
         W, heads = self.config.window, (self.num_heads, self.head_dim)
         q, k, v = (upcast(p(x_TD)).unflatten(-1, heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         q = q * (self.head_dim**-0.5 / math.log(2)) * F.softplus(self.per_dim_scale)
         k = k * (math.log(1 + math.e) / math.log(2))
 
         q_BWNH, k_BCNH, v_BCNH = _blocks(q, W), _contexts(k, W), _contexts(v, W)
-        relative = self.relative_k_proj(clips.sinusoid_WD)
+        relative = self.relative_k_proj(sinusoid_WD)
         relative_WCNH = upcast(relative).unflatten(-1, heads)[clips.distance_WC.clamp(0, W - 1)]
         scores_BNWC = torch.einsum("bwnh,bcnh->bnwc", q_BWNH, k_BCNH)
         scores_BNWC = scores_BNWC + torch.einsum("bwnh,wcnh->bnwc", q_BWNH, relative_WCNH)
@@ -184,9 +144,9 @@ class AudioLayer(nn.Module):
         self.norm_post_attn = RMSNorm(D, eps)
         self.norm_out = RMSNorm(D, eps)
 
-    def forward(self, x_TD: Tensor, clips: Clips) -> Tensor:
+    def forward(self, x_TD: Tensor, clips: Clips, sinusoid_WD: Tensor) -> Tensor:
         x_TD = self.feed_forward1(x_TD)
-        attended = self.self_attn(self.norm_pre_attn(_bounded(x_TD, self.config)), clips)
+        attended = self.self_attn(self.norm_pre_attn(_bounded(x_TD, self.config)), clips, sinusoid_WD)
         x_TD = self.norm_post_attn(_bounded(attended, self.config)) + x_TD
         x_TD = self.feed_forward2(self.lconv1d(x_TD, clips))
         return self.norm_out(_bounded(x_TD, self.config))
@@ -203,15 +163,17 @@ class AudioTower(nn.Module):
         self.output_proj = nn.Linear(config.hidden_size, config.output_proj_dims, bias=True)
 
     def forward(self, frames: Frames) -> Tensor:
-        x_TD = self.subsample_conv_projection(frames)
-        clips = Clips.of([self.config.num_tokens(n) for n in frames.lengths], self.config, x_TD)
+        assert frames.clips is not None
+        x_TD = self.subsample_conv_projection(frames.values_TF, frames.clips)
+        distances = torch.arange(self.config.window, device=x_TD.device)
+        sinusoid_WD = sinusoid(distances, self.config.hidden_size, x_TD.dtype)
         for layer in self.layers:
-            x_TD = layer(x_TD, clips)
+            x_TD = layer(x_TD, frames.clips, sinusoid_WD)
         return self.output_proj(x_TD)
 
 
 def sinusoid(distances: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """[sin(d f), cos(d f)] with f_m = 10000^(-m / (width / 2 - 1)) in float32."""
+    """Encoding of distances [W, D]: [sin(d f), cos(d f)] with f_m = 10000^(-m / (width / 2 - 1)) in float32."""
     count = width // 2
     step = math.log(10_000.0) / max(count - 1, 1)
     frequencies = torch.exp(torch.arange(count, device=distances.device) * -step)
@@ -234,16 +196,3 @@ def _contexts(x_TNH: Tensor, size: int) -> Tensor:
     blocks = _blocks(x_TNH, size)
     before = F.pad(blocks, (0, 0, 0, 0, 0, 0, 1, 0))[:-1]
     return torch.cat((before, blocks), dim=1)
-
-
-def _is_real(lengths: list[int], longest: int, device: torch.device) -> Tensor:
-    """Bool [N, longest]."""
-    return torch.arange(longest, device=device)[None, :] < torch.tensor(lengths, device=device)[:, None]
-
-
-def _padded(values_TF: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """Flat frames [T, F] to [N, longest, F] with zeros."""
-    longest = max(lengths, default=1)
-    real = _is_real(list(lengths), longest, values_TF.device).flatten().nonzero()[:, 0]
-    flat = values_TF.new_zeros(len(lengths) * longest, values_TF.shape[1])
-    return flat.index_copy(0, real, values_TF).unflatten(0, (len(lengths), longest))

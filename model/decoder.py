@@ -1,57 +1,66 @@
 """The decoder: sandwich-normed layers over flat tokens [T, D], and the loop that hands them what they share.
 
-What crosses from one layer to another is a returned tensor: the stream, and the keys and
+What crosses from one layer to another is a returned tensor: the hidden states, and the keys and
 values that KV consumers read from the last producer of their own type (docs/gemma4.md 3.3).
+
+    tokens ─embed─▶ x [T, D] ─ layers 0 … prune_from ─▶ kept positions x [t, D] ─ later layers ─▶ norm ─▶ head
+               └─ per-layer inputs [T, P] ─────────────────────────▶ [t, P]
+                        keys and values of the last producer of each type ─────────▶ its consumers
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import Attention, KeyValue, RawKeyValue
+from model.attention import Attention, KeyValue
 from model.config import Gemma4Config, LayerConfig, LayerType
+from model.inputs import Inputs, Kept
 from model.masks import AttentionMask
 from model.mlp import MLP
 from model.moe import Experts, Router
 from model.norm import RMSNorm
-from model.rope import RotaryTable
-from model.stream import Rows
+from model.rope import RotaryTable, rotary_table
 
-KeyValueStore = Callable[[int, KeyValue], KeyValue]
-"""Called with a producer's index and new keys and values; returns those its queries see (a cache adds the past)."""
+
+class KeyValueCache(Protocol):
+    """Keeps the keys and values of earlier tokens, for decoding."""
+
+    def store(self, layer: int, new: KeyValue) -> KeyValue:
+        """Those that the queries of a layer see, for its new ones."""
+        ...
 
 
 @dataclass(frozen=True)
-class LayerContext:
+class AttentionInputs:
     """What every layer of one attention type gets alike: rotary angles and masks, built once per batch.
 
-    Keys are made at `key_table`'s positions; queries run at `query_table`'s, which are all of
-    them or, from the last KV producer on, only the supervised ones.
+    Keys are made at the positions of `rope_k`; queries run at those of `rope_q`, which are all of
+    them or, from the last KV producer on, only the kept ones.
     """
 
-    key_table: RotaryTable
-    query_table: RotaryTable
+    rope_k: RotaryTable
+    rope_q: RotaryTable
     mask: AttentionMask
 
 
 class DecoderLayer(nn.Module):
-    """One decoder layer (docs/gemma4.md 2.3); the buffer `layer_scalar` multiplies the whole stream at its end."""
+    """One decoder layer (docs/gemma4.md 2.3); the buffer `layer_scalar` multiplies the hidden states at its end."""
 
     layer_scalar: Tensor
     experts: nn.Module
 
-    def __init__(self, config: Gemma4Config, layer: LayerConfig) -> None:
+    def __init__(self, config: Gemma4Config, spec: LayerConfig) -> None:
         super().__init__()
         D, eps = config.hidden_size, config.rms_norm_eps
-        self.layer = layer
-        self.self_attn = Attention(config, layer)
-        self.mlp = MLP(D, layer.intermediate_size)
+        self.spec = spec
+        self.self_attn = Attention(config, spec)
+        self.mlp = MLP(D, spec.intermediate_size)
         self.input_layernorm = RMSNorm(D, eps)
         self.post_attention_layernorm = RMSNorm(D, eps)
         self.pre_feedforward_layernorm = RMSNorm(D, eps)
@@ -75,35 +84,32 @@ class DecoderLayer(nn.Module):
         self,
         x_TD: Tensor,
         per_layer_input_TP: Tensor | None,
-        context: LayerContext,
+        inputs: AttentionInputs,
         shared: KeyValue | None = None,
-        queries: Rows | None = None,
-        store: KeyValueStore | None = None,
+        kept: Kept | None = None,
+        kv_cache: KeyValueCache | None = None,
     ) -> tuple[Tensor, KeyValue | None]:
-        """New stream at the query positions, and the keys and values made, if other layers read them.
+        """Hidden states at the query positions, and the keys and values, if other layers read them.
 
-        `queries` are rows of x to go on with after keys and values were made of all;
-        `per_layer_input_TP` holds the query rows only.
+        `kept` are the positions to go on with after keys and values were made of all;
+        `per_layer_input_TP` holds the query positions only.
         """
         normed = self.input_layernorm(x_TD)
-        key_value: KeyValue | RawKeyValue
         if shared is None:
-            key_value = self.self_attn.key_value(normed, context.key_table, context.mask)
-            if store is not None:
-                assert isinstance(key_value, KeyValue)
-                key_value = store(self.layer.index, key_value)
+            key_value = self.self_attn.key_value(normed, inputs.rope_k, inputs.mask)
+            if kv_cache is not None:
+                key_value = kv_cache.store(self.spec.index, key_value)
         else:
             key_value = shared
-        if queries is not None:
-            x_TD, normed = queries.take(x_TD), normed[queries.index]
-        attended = self.self_attn(normed, key_value, context.query_table, context.mask)
+        if kept is not None:
+            x_TD, normed = kept.take(x_TD), normed[kept.index]
+        attended = self.self_attn(normed, key_value, inputs.rope_q, inputs.mask)
         x_TD = x_TD + self.post_attention_layernorm(attended)
         x_TD = x_TD + self.post_feedforward_layernorm(self._feed_forward(x_TD))
         if per_layer_input_TP is not None:
             gate = F.gelu(self.per_layer_input_gate(x_TD), approximate="tanh")
             x_TD = x_TD + self.post_per_layer_input_norm(self.per_layer_projection(gate * per_layer_input_TP))
-        made = key_value if self.layer.kv_is_shared and isinstance(key_value, KeyValue) else None
-        return x_TD * self.layer_scalar.to(x_TD.dtype), made
+        return x_TD * self.layer_scalar.to(x_TD.dtype), key_value if self.spec.kv_is_shared else None
 
     def _feed_forward(self, x_TD: Tensor) -> Tensor:
         dense = self.mlp(self.pre_feedforward_layernorm(x_TD))
@@ -115,35 +121,54 @@ class DecoderLayer(nn.Module):
 
 
 def decode(
-    layers: Iterable[nn.Module],
+    config: Gemma4Config,
+    layers: Sequence[DecoderLayer],
     x_TD: Tensor,
-    per_layer_inputs: Mapping[int, Tensor] | Sequence[Tensor] | None,
-    contexts: dict[LayerType, LayerContext],
-    narrowed_contexts: dict[LayerType, LayerContext],
-    rows: Rows | None,
-    narrow_at: int,
+    per_layer: Mapping[int, Tensor] | None,
+    inputs: Inputs,
     received: Mapping[LayerType, KeyValue] | None = None,
-    store: KeyValueStore | None = None,
+    kv_cache: KeyValueCache | None = None,
 ) -> tuple[Tensor, dict[LayerType, KeyValue]]:
-    """Run the layers: the new stream, and by type the keys and values that later layers read.
+    """Run a model's layers, or some of them in a row: hidden states, and the keys and values that later layers read.
 
-    `received` are those that layers before these made. With `rows`, the stream narrows to them at layer
-    `narrow_at`, which is the last layer whose keys are read, or a later one. No layer after it makes keys
-    or values, so another position's stream past that point reaches nothing: its queries, feed-forward and
-    per-layer input are not computed (docs/gemma4.md 7.3).
+    `received` are those that layers before these made.
     """
-    shared = dict(received or {})
+    shared, prune_from = dict(received or {}), max(first_pruned(config), layers[0].spec.index)
+    whole, pruned = _attention_inputs(config, inputs, x_TD.dtype)
     for layer in layers:
-        config = cast(LayerConfig, layer.layer)
-        narrowed = rows is not None and config.index >= narrow_at
+        spec = layer.spec
         x_TD, key_value = layer(
             x_TD,
-            per_layer_inputs[config.index] if per_layer_inputs is not None else None,
-            (narrowed_contexts if narrowed else contexts)[config.type],
-            shared[config.type] if config.is_kv_consumer else None,
-            rows if config.index == narrow_at else None,
-            store,
+            per_layer[spec.index] if per_layer is not None else None,
+            (pruned if inputs.kept is not None and spec.index >= prune_from else whole)[spec.type],
+            shared[spec.type] if spec.is_kv_consumer else None,
+            inputs.kept if spec.index == prune_from else None,
+            kv_cache,
         )
         if key_value is not None:
-            shared[config.type] = key_value
+            shared[spec.type] = key_value
     return x_TD, shared
+
+
+def first_pruned(config: Gemma4Config) -> int:
+    """The layer in which only kept positions go on: the last that makes keys and values.
+
+    No layer after it reads another position, whose queries, feed-forward and per-layer input
+    therefore reach nothing and are not computed (docs/gemma4.md 7.3).
+    """
+    return config.first_kv_shared_layer - 1
+
+
+def _attention_inputs(
+    config: Gemma4Config, inputs: Inputs, dtype: torch.dtype
+) -> tuple[dict[LayerType, AttentionInputs], dict[LayerType, AttentionInputs]]:
+    """What layers of each attention type get, before and after pruning."""
+    whole: dict[LayerType, AttentionInputs] = {}
+    pruned: dict[LayerType, AttentionInputs] = {}
+    for layer_type, mask in inputs.masks.items():
+        rope = rotary_table(config, layer_type, inputs.positions_T, dtype)
+        whole[layer_type] = AttentionInputs(rope, rope, mask)
+        if inputs.kept is not None:
+            kept = inputs.kept
+            pruned[layer_type] = AttentionInputs(rope, rope.select(kept.index), kept.masks[layer_type])
+    return whole, pruned

@@ -1,22 +1,22 @@
-"""Gemma 4 as one function on one device: embed, scatter media, decode, head."""
+"""Gemma 4 as one function on one device: embed, put media in their places, decode, head."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from model.audio import AudioTower
-from model.config import Gemma4Config, LayerType
-from model.decoder import DecoderLayer, KeyValueStore, LayerContext, decode
+from model.config import Gemma4Config
+from model.decoder import DecoderLayer, KeyValueCache, decode, first_pruned
 from model.head import Head
 from model.init import init_parameters
-from model.masks import AttentionMask, layer_masks
-from model.media import TEXT, Media, token_types
+from model.inputs import Inputs, make_inputs
+from model.media import Media
 from model.media_config import AudioConfig, VisionConfig
 from model.norm import RMSNorm
 from model.per_layer_embedding import per_layer_inputs, scaled_embedding
-from model.rope import rotary_table
-from model.stream import Rows, Stream
 from model.vision import MediaProjector, VisionEmbedder, VisionTower
 
 ENCODERS = ("vision_tower", "vision_embedder", "embed_vision", "audio_tower", "embed_audio")
@@ -24,19 +24,24 @@ ENCODERS = ("vision_tower", "vision_embedder", "embed_vision", "audio_tower", "e
 
 
 class TextDecoder(nn.Module):
-    """Embedding tables, decoder layers and final norm; module names are those of the released checkpoints."""
+    """Embedding tables, decoder layers and final norm; module names are those of the released checkpoints.
+
+    With a `span` that starts later it has no tables, but that of the head; with one that ends earlier no norm.
+    """
 
     embed_tokens: nn.Module
     embed_tokens_per_layer: nn.Module
 
-    def __init__(self, config: Gemma4Config) -> None:
+    def __init__(self, config: Gemma4Config, span: range) -> None:
         super().__init__()
-        self.config = config
         D, P, L = config.hidden_size, config.hidden_size_per_layer_input, config.num_hidden_layers
-        self.embed_tokens = nn.Embedding(config.vocab_size, D, padding_idx=config.pad_token_id)
-        self.layers = nn.ModuleList(DecoderLayer(config, config.layer(i)) for i in range(L))
-        self.norm = RMSNorm(D, config.rms_norm_eps)
-        if P:
+        is_first, is_last = span.start == 0, span.stop == L
+        if is_first or is_last:  # the last has it as its head
+            self.embed_tokens = nn.Embedding(config.vocab_size, D, padding_idx=config.pad_token_id)
+        self.layers = nn.ModuleDict({str(i): DecoderLayer(config, config.layer(i)) for i in span})
+        if is_last:
+            self.norm = RMSNorm(D, config.rms_norm_eps)
+        if P and is_first:
             self.embed_tokens_per_layer = nn.Embedding(
                 config.vocab_size_per_layer_input, L * P, padding_idx=config.pad_token_id
             )
@@ -48,15 +53,18 @@ class Gemma4(nn.Module):
     """The model. Construct on `meta` and call `to_empty` and `init_weights`, or construct in place.
 
     `forward(tokens_BS)` returns hidden states [B, S, D]; `logits` and `model.head` turn them
-    into soft-capped scores or a loss through the tied token table.
+    into soft-capped scores or a loss through the tied token table. With a `span` it has only these decoder layers,
+    under the names they have in the whole, and what comes before the first or after the last of all.
     """
 
-    def __init__(self, config: Gemma4Config) -> None:
+    def __init__(self, config: Gemma4Config, span: range | None = None) -> None:
         super().__init__()
         self.config = config
-        self.language_model = TextDecoder(config)
-        self.stream = Stream()
+        self.span = span or range(config.num_hidden_layers)
+        self.language_model = TextDecoder(config, self.span)
         self.head = Head(config.final_logit_softcapping)
+        if self.span.start > 0:
+            return
         vision, audio = config.vision, config.audio
         if isinstance(vision, VisionConfig):
             self.vision_tower = VisionTower(vision)
@@ -77,8 +85,6 @@ class Gemma4(nn.Module):
         supervised: Tensor | None = None,
         *,
         media: Media | None = None,
-        masks: dict[LayerType, AttentionMask] | None = None,
-        store: KeyValueStore | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
@@ -86,62 +92,49 @@ class Gemma4(nn.Module):
         crosses a change of document id. supervised: bool [B, S], the positions whose output
         is wanted; with it the result is [T_supervised, D], in order, and work that cannot
         reach those outputs is skipped, exactly (docs/gemma4.md 7.3). media: what image, video and audio tokens stand
-        for; such a token without media is embedded as padding. `masks` and `store` are for decoding with a
-        cache: keys then come from `store`, and the masks say which are visible.
+        for; such a token without media is embedded as padding.
         """
-        text, config = self.language_model, self.config
-        num_rows, length = tokens_BS.shape
-        types_BS = token_types(config, tokens_BS)
-        if masks is None:
-            masks = layer_masks(config, types_BS, document_ids)
-        rows = None if supervised is None else self.stream.rows(supervised)
-        # The last layer that makes keys and values (of all, where no layers share them): past it, only positions whose
-        # output is wanted can still reach the loss.
-        narrow_at = config.first_kv_shared_layer - 1
-        x_TD, per_layer = self.embed(tokens_BS, types_BS, media, rows, narrow_at)
-        contexts, narrowed = self.contexts(masks, positions, rows, x_TD.dtype)
-        x_TD, _ = decode(text.layers, x_TD, per_layer, contexts, narrowed, rows, narrow_at, store=store)
-        x_TD = text.norm(x_TD)
-        if rows is None:
-            return x_TD.unflatten(0, (num_rows, length))
-        # A plan may have padded the rows to divide among ranks; what is cut off is copied, so that no view is returned.
-        return x_TD if len(x_TD) == rows.count else x_TD[: rows.count].clone()
+        return self.run(make_inputs(self.config, tokens_BS, positions, document_ids, supervised, media))
 
-    def embed(
-        self, tokens_BS: Tensor, types_BS: Tensor, media: Media | None, rows: Rows | None, narrow_at: int
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """The stream [T, D] that enters the first layer, and each layer's own input if the variant has them."""
-        text, config = self.language_model, self.config
-        tokens_T = tokens_BS.masked_fill(types_BS != TEXT, config.pad_token_id).flatten()
-        x_TD = scaled_embedding(tokens_T, text.embed_tokens, config.hidden_size)
-        if media is not None:
-            x_TD = self._scatter(x_TD, media)
+    def run(self, inputs: Inputs, kv_cache: KeyValueCache | None = None) -> Tensor:
+        """Hidden states of all positions [B, S, D], or of the kept ones [t, D].
+
+        A cache adds the keys and values of earlier tokens.
+        """
+        text, kept = self.language_model, inputs.kept
+        x_TD, per_layer = self.embed(inputs)
+        x_TD, _ = decode(self.config, self.layers, x_TD, per_layer, inputs, kv_cache=kv_cache)
+        x_TD = text.norm(x_TD)
+        if kept is None:
+            return x_TD.unflatten(0, (inputs.batch_size, inputs.length))
+        # A plan may have added places, to divide among ranks; what is cut off is copied, so that no view is returned.
+        return x_TD if len(x_TD) == kept.count else x_TD[: kept.count].clone()
+
+    def embed(self, inputs: Inputs) -> tuple[Tensor, dict[int, Tensor] | None]:
+        """What enters the first layer [T, D], and each layer's own input [T, P] if the variant has them."""
+        text, config, media, kept = self.language_model, self.config, inputs.media, inputs.kept
+        x_TD = scaled_embedding(inputs.tokens_T, text.embed_tokens, config.hidden_size)
+        if media is not None and media.vision is not None:
+            encoder = self.vision_tower if isinstance(config.vision, VisionConfig) else self.vision_embedder
+            x_TD = media.vision.places.put(x_TD, self.embed_vision(encoder(media.vision)))
+        if media is not None and media.audio is not None:
+            encoded = self.audio_tower(media.audio) if hasattr(self, "audio_tower") else media.audio.values_TF
+            x_TD = media.audio.places.put(x_TD, self.embed_audio(encoded))
         if not config.hidden_size_per_layer_input:
             return x_TD, None
         return x_TD, per_layer_inputs(
-            tokens_T,
+            scaled_embedding(inputs.tokens_T, text.embed_tokens_per_layer, config.hidden_size_per_layer_input),
             x_TD,
-            text.embed_tokens_per_layer,
             text.per_layer_model_projection,
             text.per_layer_projection_norm,
-            config.num_hidden_layers,
-            rows,
-            narrow_at,
+            None if kept is None else kept.take,
+            first_pruned(config),
         )
 
-    def contexts(
-        self, masks: dict[LayerType, AttentionMask], positions: Tensor | None, rows: Rows | None, dtype: torch.dtype
-    ) -> tuple[dict[LayerType, LayerContext], dict[LayerType, LayerContext]]:
-        """What layers of each attention type get, before and after the stream narrows to `rows`."""
-        contexts: dict[LayerType, LayerContext] = {}
-        narrowed: dict[LayerType, LayerContext] = {}
-        for kind, mask in masks.items():
-            positions_T = mask.position_T if positions is None else positions.flatten()
-            table = rotary_table(self.config, kind, positions_T, dtype)
-            contexts[kind] = LayerContext(table, table, mask)
-            if rows is not None:
-                narrowed[kind] = LayerContext(table, table.select(rows.index), mask.select(rows.index))
-        return contexts, narrowed
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        """The decoder layers of the span, in order; their names count from the first of the whole model."""
+        return [cast(DecoderLayer, layer) for layer in self.language_model.layers.values()]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Soft-capped scores [..., V] in the model's dtype (docs/gemma4.md 7.1)."""
@@ -157,15 +150,3 @@ class Gemma4(nn.Module):
     def init_weights(self, generator: torch.Generator) -> None:
         """Initialise in place (docs/gemma4.md 12); a function of the generator's seed alone."""
         init_parameters(self, generator.initial_seed(), self.config.initializer_range, self.config.pad_token_id)
-
-    def _scatter(self, x_TD: Tensor, media: Media) -> Tensor:
-        """The stream with the soft tokens of images and sound for their placeholders, unscaled (docs/gemma4.md 8.4)."""
-        if media.vision is not None:
-            encoder = self.vision_tower if isinstance(self.config.vision, VisionConfig) else self.vision_embedder
-            x_TD = self.stream.place(x_TD, media.vision.rows, self.embed_vision(encoder(media.vision)))
-        if media.audio is not None:
-            encoded = media.audio.values_TF
-            if isinstance(self.config.audio, AudioConfig):
-                encoded = self.audio_tower(media.audio)
-            x_TD = self.stream.place(x_TD, media.audio.rows, self.embed_audio(encoded))
-        return x_TD

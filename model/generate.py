@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor
 from model.attention import KeyValue
 from model.config import Gemma4Config, LayerType
 from model.gemma4 import Gemma4
-from model.masks import AttentionMask, run_ends
-from model.media import Media, is_vision, token_types
+from model.inputs import make_inputs
+from model.masks import AttentionMask, layer_masks
+from model.media import Media
 from model.precision import upcast
+from model.token_types import token_types
 
 
 @dataclass
@@ -22,13 +24,13 @@ class Cache:
     """Keys and values of the positions so far, per producing layer; a sliding layer drops what left its window."""
 
     config: Gemma4Config
-    num_rows: int
+    batch_size: int
     layers: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     """Keys and values [B, S, K, H]."""
 
     def store(self, layer: int, new: KeyValue) -> KeyValue:
         """Past and new keys and values, which are kept for the next call."""
-        both = tuple(t.unflatten(0, (self.num_rows, -1)) for t in new)
+        both = tuple(t.unflatten(0, (self.batch_size, -1)) for t in new)
         if layer in self.layers:
             both = tuple(torch.cat(pair, dim=1) for pair in zip(self.layers[layer], both, strict=True))
         window = self.config.layer(layer).window
@@ -87,14 +89,15 @@ def stream(
     stops = torch.tensor(list(stop), dtype=torch.long, device=device)
     for _ in range(max_new_tokens):
         positions = torch.arange(past, past + tokens.shape[1], device=device)
-        hidden = model(
+        inputs = make_inputs(
+            config,
             tokens,
             positions=(positions[None, :] - padding[:, None]).clamp_min(0),
             supervised=last,
             media=media,
             masks=cache_masks(config, past, tokens.shape[1], padding, types_BS),
-            store=cache.store,
         )
+        hidden = model.run(inputs, cache)
         past += tokens.shape[1]
         # On the CPU, where every operation has a deterministic form.
         choice = sample(upcast(model.logits(hidden)).cpu(), temperature, top_k, top_p, generator).to(device)
@@ -126,21 +129,23 @@ def cache_masks(
 
     types_BS: token types of a prompt, whose images are seen both ways where the variant does so.
     """
-    num_rows = len(padding)
-    position = torch.arange(past, past + new, device=padding.device).repeat(num_rows)
-    row = torch.arange(num_rows, device=padding.device).repeat_interleave(new)
+    batch_size, total = len(padding), past + new
+    types = torch.zeros(batch_size, total, dtype=torch.long, device=padding.device)
+    if types_BS is not None:
+        types[:, past:] = types_BS
+    place_S = torch.arange(total, device=padding.device)
+    is_token_BS = (place_S >= padding[:, None]).long()  # padding is a document of its own
+    queries = (place_S[past:] + total * torch.arange(batch_size, device=padding.device)[:, None]).flatten()
     masks: dict[LayerType, AttentionMask] = {}
-    for kind in dict.fromkeys(config.layer_types):
-        first, last, dropped = padding[row], position, 0
-        if kind == "sliding_attention":
-            if types_BS is not None and config.sees_images_both_ways:
-                vision_BS = is_vision(types_BS)
-                last = run_ends(vision_BS, torch.zeros_like(vision_BS), position.view_as(types_BS)).flatten()
-            first = torch.maximum(first, position - (config.sliding_window - 1))
-            dropped = max(0, past - (config.sliding_window - 1))
-        first = torch.minimum(first, position)  # a padded position sees itself alone
-        masks[kind] = AttentionMask(
-            row, position - dropped, first - dropped, last - dropped, num_rows, past + new - dropped
+    for layer_type, whole in layer_masks(config, types, is_token_BS).items():
+        mask = whole.select(queries)
+        dropped = max(0, past - (config.sliding_window - 1)) if layer_type == "sliding_attention" else 0
+        masks[layer_type] = replace(
+            mask,
+            position_T=mask.position_T - dropped,
+            first_key_T=mask.first_key_T - dropped,
+            last_key_T=mask.last_key_T - dropped,
+            num_keys=total - dropped,
         )
     return masks
 

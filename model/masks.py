@@ -1,10 +1,11 @@
-"""Which keys each query may see, as one interval per query, built once per batch.
+"""Which keys each query may see, as one interval per query, built once for a batch, before the model.
 
 Causal, sliding-window and packed-document masks are all intervals [first_key, last_key] of the
-query's own row, so one pair of integers per position stands behind every attention kernel:
-`blocks` for the CPU kernel, `mask_mod` for flex attention, `dense` for tests.
-A plan that cuts sequences among devices adds to the mask, in a subclass, how keys come together.
-Which keys Gemma 4 shows a query is in docs/gemma4.md 3.4 and 3.5. Q counts the queries of a row, padded to one number.
+query's own sequence, so one pair of integers per position stands behind every attention kernel:
+`blocks` for the CPU kernel, `mask_mod` for flex attention, `dense` for tests. What a kernel needs to know on
+the host is made of them by `to`, so that no layer waits for a device.
+Which keys Gemma 4 shows a query is in docs/gemma4.md 3.4 and 3.5. Q counts the queries of a sequence, padded to
+one number.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from model.media import is_vision
+from model.token_types import is_vision
 
 if TYPE_CHECKING:
     from model.config import Gemma4Config, LayerType
@@ -28,9 +29,9 @@ BLOCK_SIZE = 128
 
 
 class Block(NamedTuple):
-    """Queries [query_start, query_end) of the flat query list, all of batch row `row`, and the keys they span."""
+    """Queries [query_start, query_end) of the flat query list, all of one sequence, and the keys they span."""
 
-    row: int
+    sequence: int
     query_start: int
     query_end: int
     key_start: int
@@ -47,18 +48,18 @@ class Padding(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Visible keys of T queries, in order of batch row.
+    """Visible keys of T queries, in order of sequence.
 
-    `row_T` is the batch row of a query, `first_key_T` and `last_key_T` (inclusive) its interval
-    among the `num_keys` keys of that row, `position_T` the key index of the query itself. Only
+    `batch_T` is the sequence of a query, `first_key_T` and `last_key_T` (inclusive) its interval
+    among the `num_keys` keys of that sequence, `position_T` the key index of the query itself. Only
     `partial_attention` takes queries that see no key; their interval is [num_keys, -1].
     """
 
-    row_T: Tensor
+    batch_T: Tensor
     position_T: Tensor
     first_key_T: Tensor
     last_key_T: Tensor
-    num_rows: int
+    batch_size: int
     num_keys: int
 
     def select(self, queries: Tensor) -> Self:
@@ -66,23 +67,36 @@ class AttentionMask:
         return self._with_queries(lambda t: t[queries])
 
     def to(self, device: torch.device) -> Self:
+        """The mask on a device, with what its kernel reads there already made, from values that are still here."""
+        moved = self._on(device)
+        if device.type == "cuda":
+            padding = self.padding
+            if padding is not None:
+                padding = Padding(*(t.to(device, non_blocking=True) for t in padding))
+            vars(moved)["padding"] = padding  # where `cached_property` keeps it
+            _ = moved.block_mask
+        elif device.type == "cpu":
+            _ = moved.blocks
+        return moved
+
+    def _on(self, device: torch.device) -> Self:
         return self._with_queries(lambda t: t.to(device, non_blocking=True))
 
     def _with_queries(self, change: Callable[[Tensor], Tensor]) -> Self:
-        row, position, first, last = map(change, (self.row_T, self.position_T, self.first_key_T, self.last_key_T))
-        return replace(self, row_T=row, position_T=position, first_key_T=first, last_key_T=last)
+        batch, position, first, last = map(change, (self.batch_T, self.position_T, self.first_key_T, self.last_key_T))
+        return replace(self, batch_T=batch, position_T=position, first_key_T=first, last_key_T=last)
 
     @property
     def num_queries(self) -> int:
-        return self.row_T.numel()
+        return self.batch_T.numel()
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """Runs of queries in one aligned stretch of a row; a stretch that asks or sees nothing costs nothing."""
+        """Runs of queries in one aligned stretch of a sequence; one that asks or sees nothing costs nothing."""
         if self.num_queries == 0:
             return ()
         stretches = self.num_keys // BLOCK_SIZE + 1
-        key_T = self.row_T * stretches + self.position_T // BLOCK_SIZE
+        key_T = self.batch_T * stretches + self.position_T // BLOCK_SIZE
         stretch, counts = torch.unique_consecutive(key_T, return_counts=True)
         ends = counts.cumsum(0)
         owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
@@ -93,10 +107,10 @@ class AttentionMask:
 
     @cached_property
     def padding(self) -> Padding | None:
-        """How to give every row the same number of queries; None if they have it already."""
-        counts = torch.bincount(self.row_T, minlength=self.num_rows)
+        """How to give every sequence the same number of queries; None if they have it already."""
+        counts = torch.bincount(self.batch_T, minlength=self.batch_size)
         most = int(counts.max())
-        if most * self.num_rows == self.num_queries:
+        if most * self.batch_size == self.num_queries:
             return None
         start = counts.cumsum(0) - counts
         column = torch.arange(most, device=counts.device)
@@ -107,11 +121,11 @@ class AttentionMask:
     @cached_property
     def block_mask(self) -> BlockMask:
         """`mask_mod` as flex attention's block-sparse mask."""
-        queries = self.num_queries // self.num_rows if self.padding is None else self.padding.index_BQ.shape[1]
-        device = self.row_T.device
+        queries = self.num_queries // self.batch_size if self.padding is None else self.padding.index_BQ.shape[1]
+        device = self.batch_T.device
         return create_block_mask(
             self.mask_mod(),
-            self.num_rows,
+            self.batch_size,
             None,
             queries,
             self.num_keys,
@@ -122,7 +136,7 @@ class AttentionMask:
     def mask_mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """The same mask over the padded queries, in the form flex attention takes."""
         if self.padding is None:
-            first, last = (t.unflatten(0, (self.num_rows, -1)) for t in (self.first_key_T, self.last_key_T))
+            first, last = (t.unflatten(0, (self.batch_size, -1)) for t in (self.first_key_T, self.last_key_T))
         else:
             index = self.padding.index_BQ
             first, last = self.first_key_T[index], self.last_key_T[index]
@@ -135,12 +149,12 @@ class AttentionMask:
 
     def dense(self) -> Tensor:
         """Bool [T, num_keys]: True where the query may look."""
-        keys = torch.arange(self.num_keys, device=self.row_T.device)
+        keys = torch.arange(self.num_keys, device=self.batch_T.device)
         return (keys >= self.first_key_T[:, None]) & (keys <= self.last_key_T[:, None])
 
 
 def attention_mask(
-    num_rows: int,
+    batch_size: int,
     num_keys: int,
     *,
     window: int | None = None,
@@ -153,7 +167,7 @@ def attention_mask(
     A document is a run of equal ids; ids need not be unique across runs. Positions of a run of
     `vision_BS` (bool; the soft tokens of one image or frame) also see the rest of their run.
     """
-    position_BS = torch.arange(num_keys, device=device).expand(num_rows, num_keys)
+    position_BS = torch.arange(num_keys, device=device).expand(batch_size, num_keys)
     first_BS = torch.zeros_like(position_BS)
     starts_BS = torch.zeros_like(position_BS, dtype=torch.bool)
     if document_ids_BS is not None:
@@ -162,9 +176,9 @@ def attention_mask(
     last_BS = position_BS if vision_BS is None else run_ends(vision_BS, starts_BS, position_BS)
     if window is not None:
         first_BS = torch.maximum(first_BS, position_BS - (window - 1))
-    row_BS = torch.arange(num_rows, device=device)[:, None].expand(num_rows, num_keys)
+    batch_BS = torch.arange(batch_size, device=device)[:, None].expand(batch_size, num_keys)
     return AttentionMask(
-        row_BS.flatten(), position_BS.flatten(), first_BS.flatten(), last_BS.flatten(), num_rows, num_keys
+        batch_BS.flatten(), position_BS.flatten(), first_BS.flatten(), last_BS.flatten(), batch_size, num_keys
     )
 
 
@@ -173,9 +187,9 @@ def layer_masks(
 ) -> dict[LayerType, AttentionMask]:
     """Masks by layer type: causal; on sliding layers of 12B, 26B and 31B images see both ways (docs/gemma4.md 3.5)."""
     masks: dict[LayerType, AttentionMask] = {}
-    for kind in dict.fromkeys(config.layer_types):
-        sliding = kind == "sliding_attention"
-        masks[kind] = attention_mask(
+    for layer_type in dict.fromkeys(config.layer_types):
+        sliding = layer_type == "sliding_attention"
+        masks[layer_type] = attention_mask(
             *types_BS.shape,
             window=config.sliding_window if sliding else None,
             document_ids_BS=document_ids_BS,
@@ -185,13 +199,12 @@ def layer_masks(
     return masks
 
 
-def segment_mask(lengths: Sequence[int], device: torch.device) -> AttentionMask:
-    """One row of segments end to end; every position sees its whole segment and nothing else."""
-    total = sum(lengths)
-    sizes = torch.tensor(lengths, dtype=torch.long, device=device)
+def segment_mask(lengths: Sequence[int]) -> AttentionMask:
+    """One sequence of segments end to end; every position sees its whole segment and nothing else."""
+    total, sizes = sum(lengths), torch.tensor(lengths, dtype=torch.long)
     ends = sizes.cumsum(0)
     first_T, last_T = (t.repeat_interleave(sizes, output_size=total) for t in (ends - sizes, ends - 1))
-    position_T = torch.arange(total, device=device)
+    position_T = torch.arange(total)
     return AttentionMask(torch.zeros_like(position_T), position_T, first_T, last_T, 1, total)
 
 

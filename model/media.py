@@ -6,21 +6,21 @@ T counts patches or frames; C numbers make a patch, F a frame.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from model.clips import Clips
 from model.errors import UserError
-from model.media_config import VisionConfig
+from model.masks import AttentionMask, segment_mask
+from model.media_config import AudioConfig, VisionConfig
+from model.token_types import AUDIO, is_vision, token_types
 
 if TYPE_CHECKING:
     from model.config import Gemma4Config
-
-TEXT, IMAGE, VIDEO, AUDIO = range(4)
-"""Token types, as the released processors number them."""
 
 
 class MediaError(UserError):
@@ -28,36 +28,60 @@ class MediaError(UserError):
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where soft tokens go: `index` are flat places of the batch, in the order of the soft tokens.
+
+    `chosen` are the soft tokens that go there, None for all of them; others go to another device.
+    """
+
+    index: Tensor
+    chosen: Tensor | None = None
+
+    def moved(self, local: Tensor) -> Places:
+        """The places that are on this device, given each one's place here, or -1."""
+        here = (local >= 0).nonzero()[:, 0]
+        return Places(local[here], here if self.chosen is None else self.chosen[here])
+
+    def put(self, x_TD: Tensor, soft_tokens: Tensor) -> Tensor:
+        """x with soft tokens in their places, unscaled (docs/gemma4.md 8.4)."""
+        chosen = soft_tokens if self.chosen is None else soft_tokens[self.chosen]
+        return x_TD.index_copy(0, self.index, chosen.to(x_TD.dtype))
+
+    def to(self, device: torch.device) -> Places:
+        chosen = None if self.chosen is None else self.chosen.to(device, non_blocking=True)
+        return Places(self.index.to(device, non_blocking=True), chosen)
+
+
+@dataclass(frozen=True)
 class Patches:
     """Patches of images and video frames, and their (x, y) in the image; `lengths` counts patches per image.
 
-    The patches that one soft token pools lie together, soft tokens in reading order; `rows` are
-    the flat places [B * S] of the soft tokens.
+    The patches that one soft token pools lie together, soft tokens in reading order; each sees its image by `mask`.
     """
 
     values_TC: Tensor
     positions_T2: Tensor
     lengths: tuple[int, ...]
-    rows: Tensor
+    mask: AttentionMask
+    places: Places
 
     def to(self, device: torch.device) -> Patches:
-        values, positions, rows = (
-            t.to(device, non_blocking=True) for t in (self.values_TC, self.positions_T2, self.rows)
-        )
-        return Patches(values, positions, self.lengths, rows)
+        values, positions = (t.to(device, non_blocking=True) for t in (self.values_TC, self.positions_T2))
+        return Patches(values, positions, self.lengths, self.mask.to(device), self.places.to(device))
 
 
 @dataclass(frozen=True)
 class Frames:
-    """Log-mel or waveform frames of clips; `lengths` counts frames per clip, `rows` are as in `Patches`."""
+    """Log-mel or waveform frames of clips; `lengths` counts frames per clip, which `clips` tells apart in a tower."""
 
     values_TF: Tensor
     lengths: tuple[int, ...]
-    rows: Tensor
+    clips: Clips | None
+    places: Places
 
     def to(self, device: torch.device) -> Frames:
-        values, rows = (t.to(device, non_blocking=True) for t in (self.values_TF, self.rows))
-        return Frames(values, self.lengths, rows)
+        clips = None if self.clips is None else self.clips.to(device)
+        return Frames(self.values_TF.to(device, non_blocking=True), self.lengths, clips, self.places.to(device))
 
 
 @dataclass(frozen=True)
@@ -73,14 +97,12 @@ class Media:
             None if self.audio is None else self.audio.to(device),
         )
 
-    @staticmethod
-    def on_all_ranks(media: Media | None, config: Gemma4Config, *, vision: bool, audio: bool) -> Media | None:
-        """Media with empty parts for what some other rank has, so that all ranks run the same encoders."""
-        have = media or Media()
-        nothing = torch.zeros(0, dtype=torch.long)
+    def placed(self, local: Callable[[Tensor], Tensor]) -> Media:
+        """The same media, of whose soft tokens some go here; `local` gives a place of the batch as one here, or -1."""
+        vision, audio = self.vision, self.audio
         return Media(
-            pack_patches(config, (), nothing) if vision and have.vision is None else have.vision,
-            pack_frames(config, (), nothing) if audio and have.audio is None else have.audio,
+            None if vision is None else replace(vision, places=vision.places.moved(local(vision.places.index))),
+            None if audio is None else replace(audio, places=audio.places.moved(local(audio.places.index))),
         )
 
     @classmethod
@@ -97,32 +119,16 @@ class Media:
         `MediaError` if the number of soft tokens is not that of the placeholders.
         """
         types_BS = token_types(config, tokens_BS)
-        vision_rows = is_vision(types_BS).flatten().nonzero()[:, 0]
-        audio_rows = (types_BS == AUDIO).flatten().nonzero()[:, 0]
-        vision = pack_patches(config, images, vision_rows) if images else None
-        audio = pack_frames(config, clips, audio_rows) if clips else None
-        _check_count("image and video", len(vision_rows), num_vision_tokens(config, vision))
-        _check_count("audio", len(audio_rows), num_audio_tokens(config, audio))
+        vision_places = is_vision(types_BS).flatten().nonzero()[:, 0]
+        audio_places = (types_BS == AUDIO).flatten().nonzero()[:, 0]
+        vision = pack_patches(config, images, vision_places) if images else None
+        audio = pack_frames(config, clips, audio_places) if clips else None
+        _check_count("image and video", len(vision_places), num_vision_tokens(config, vision))
+        _check_count("audio", len(audio_places), num_audio_tokens(config, audio))
         return cls(vision, audio)
 
 
-def token_types(config: Gemma4Config, tokens: Tensor) -> Tensor:
-    """0 text, 1 image, 2 video, 3 audio for each token; begin and end tokens are text."""
-    types = torch.zeros_like(tokens)
-    if config.vision is not None:
-        types = types.masked_fill(tokens == config.image_token_id, IMAGE)
-        types = types.masked_fill(tokens == config.video_token_id, VIDEO)
-    if config.audio is not None:
-        types = types.masked_fill(tokens == config.audio_token_id, AUDIO)
-    return types
-
-
-def is_vision(types: Tensor) -> Tensor:
-    """Where a token stands for a part of an image or video frame."""
-    return (types == IMAGE) | (types == VIDEO)
-
-
-def pack_patches(config: Gemma4Config, images: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> Patches:
+def pack_patches(config: Gemma4Config, images: Sequence[tuple[Tensor, Tensor]], places: Tensor) -> Patches:
     """Images end to end, the patches of each soft token brought together."""
     vision = config.vision
     if vision is None:
@@ -142,10 +148,17 @@ def pack_patches(config: Gemma4Config, images: Sequence[tuple[Tensor, Tensor]], 
         values.append(patches_TC[order])
         positions.append(positions_T2[order])
     empty = (torch.zeros(0, vision.patch_width), torch.zeros(0, 2, dtype=torch.long))
-    return Patches(torch.cat((empty[0], *values)), torch.cat((empty[1], *positions)), tuple(map(len, values)), rows)
+    lengths = tuple(map(len, values))
+    return Patches(
+        torch.cat((empty[0], *values)),
+        torch.cat((empty[1], *positions)),
+        lengths,
+        segment_mask(lengths),
+        Places(places),
+    )
 
 
-def pack_frames(config: Gemma4Config, clips: Sequence[Tensor], rows: Tensor) -> Frames:
+def pack_frames(config: Gemma4Config, clips: Sequence[Tensor], places: Tensor) -> Frames:
     """Clips end to end."""
     audio = config.audio
     if audio is None:
@@ -155,7 +168,9 @@ def pack_frames(config: Gemma4Config, clips: Sequence[Tensor], rows: Tensor) -> 
             raise MediaError(
                 f"a clip has frames {list(frames_TF.shape)}; this model takes frames of {audio.frame_width} numbers."
             )
-    return Frames(torch.cat((torch.zeros(0, audio.frame_width), *clips)), tuple(map(len, clips)), rows)
+    values_TF, lengths = torch.cat((torch.zeros(0, audio.frame_width), *clips)), tuple(map(len, clips))
+    in_tower = Clips.of(lengths, audio) if isinstance(audio, AudioConfig) else None
+    return Frames(values_TF, lengths, in_tower, Places(places))
 
 
 def num_vision_tokens(config: Gemma4Config, patches: Patches | None) -> int:

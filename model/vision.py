@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model.attention_kernels import attention
 from model.clipped_linear import ClippedLinear
-from model.masks import AttentionMask, segment_mask
+from model.masks import AttentionMask
 from model.media import Patches
 from model.media_config import VisionConfig, VisionEmbedderConfig
 from model.norm import RMSNorm
@@ -110,10 +110,9 @@ class VisionTower(nn.Module):
     def forward(self, patches: Patches) -> Tensor:
         config = self.config
         x_TD = self.patch_embedder(patches)
-        mask = segment_mask(patches.lengths, x_TD.device)
         table = axial_rotary_table(config.head_dim, config.rope_theta, patches.positions_T2, x_TD.dtype)
         for layer in self.encoder.layers:
-            x_TD = layer(x_TD, table, mask)
+            x_TD = layer(x_TD, table, patches.mask)
         # The patches of one soft token lie together; the factor sqrt(D) overflows float16, so float32 from here.
         pooled = upcast(x_TD.unflatten(0, (-1, config.patches_per_token))).mean(dim=1).to(x_TD.dtype)
         pooled = upcast(pooled) * config.hidden_size**0.5

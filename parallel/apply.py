@@ -22,9 +22,9 @@ from parallel.float8 import apply_float8
 from parallel.fsdp import shard
 from parallel.initialise import initialise
 from parallel.mesh import Mesh
+from parallel.sequence_parallel import TensorParallel
 from parallel.stage import Gemma4Stage, Stages
 from parallel.tensor import apply_tensor_parallel
-from parallel.token_split import TensorParallel
 from parallel.weight_gradients import defer_weight_gradients
 
 if TYPE_CHECKING:
@@ -101,6 +101,8 @@ def build_parallel_model(
         # Context parallel replaces nothing: it is how the attention modules, by now final, get their keys.
         if context is not None:
             context.apply(part)
+            if isinstance(part, Gemma4Stage):
+                part.context = context
         # float8 needs the sizes that are left on a rank, which a GPU must accept, and the final expert modules.
         products = apply_float8(part, options.float8)
         # Deferral takes the layers whose product is still the plain one.

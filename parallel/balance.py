@@ -10,14 +10,13 @@ recomputation and pipeline.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from model import Gemma4
-from model.decoder import DecoderLayer
 from model.precision import upcast
 from parallel.collectives import summed
 
@@ -77,11 +76,10 @@ def watch_routers(
 ) -> list[RouterBalance]:
     """Give every router of a model, or of one stage of it, an observer; `groups` together make up all its ranks."""
     config, found = model.config, []
-    for module in model.language_model.layers:
-        layer = cast(DecoderLayer, module)
+    for layer in model.layers:
         if layer.has_experts:
             assert config.num_experts
-            watched = RouterBalance(layer.layer.index, config.num_experts, groups, balance, z)
+            watched = RouterBalance(layer.spec.index, config.num_experts, groups, balance, z)
             layer.router.observer = watched
             found.append(watched)
     return found

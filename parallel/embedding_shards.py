@@ -18,9 +18,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from model import Gemma4
 from parallel.collectives import RowOwners, fetch_rows, gather_tokens
 from parallel.mesh import Mesh
+from parallel.sequence_parallel import TensorParallel
 from parallel.sharded import sharded_parameter
 from parallel.stage import Gemma4Stage
-from parallel.token_split import TensorParallel
 
 
 class ShardedRows(nn.Module):
@@ -52,7 +52,7 @@ class ShardedRows(nn.Module):
         plan = self.plan
         if plan is None:
             return self._fetch(ids_T)
-        share = plan.share(len(ids_T))
+        share = plan.my_tokens(len(ids_T))
         if plan.sequence_parallel:
             return self._fetch(ids_T[share])
         most = -(-len(ids_T) // plan.size)

@@ -19,13 +19,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 from model import Gemma4
-from model.decoder import DecoderLayer
 from model.moe import Experts, grouped_mm, run_experts, run_routed
 from model.precision import accumulation_dtype, upcast
 from parallel.collectives import exchange_counts, exchange_rows, gather_tokens
 from parallel.mesh import Mesh
+from parallel.sequence_parallel import TensorParallel
 from parallel.sharded import local_part, sharded_parameter
-from parallel.token_split import TensorParallel
 
 
 class ParallelExperts(nn.Module):
@@ -51,7 +50,7 @@ class ParallelExperts(nn.Module):
         plan = self.plan
         if plan is None or plan.sequence_parallel:
             return self._routed(x_TD, weights_Tk, indices_Tk)
-        share = plan.share(len(x_TD))
+        share = plan.my_tokens(len(x_TD))
         out_TD = self._routed(x_TD[share], weights_Tk[share], indices_Tk[share])
         most = -(-len(x_TD) // plan.size)
         return gather_tokens(F.pad(out_TD, (0, 0, 0, most - len(out_TD))), plan.group)[: len(x_TD)]
@@ -91,7 +90,6 @@ def apply_expert_parallel(model: Gemma4, mesh: Mesh, plan: TensorParallel | None
     """Split the experts of a model on `meta`, or of one stage of it, where any plan splits them or their tokens."""
     if mesh.layout.ep == 1 and plan is None:
         return
-    for module in model.language_model.layers:
-        layer = cast(DecoderLayer, module)
+    for layer in model.layers:
         if layer.has_experts:
             layer.experts = ParallelExperts(cast(Experts, layer.experts), mesh.ep, plan)

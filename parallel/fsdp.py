@@ -10,7 +10,7 @@
 
 Within a unit each parameter goes over its own mesh (see `parallel.mesh.Mesh`). A unit's
 collectives need every rank, so a rank without images runs the tower on none of them when another
-rank has some (`Media.on_all_ranks`).
+rank has some (`train.engine.media_of_all_ranks`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
+    register_fsdp_forward_method,
 )
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import DTensor, Shard
@@ -73,7 +74,7 @@ def shard(
             ignored_params=ignored,
         )
 
-    for layer in model.language_model.layers:
+    for layer in model.layers:
         unit(layer, reshard_after_forward)
     for name in ENCODERS:
         encoder = getattr(model, name, None)
@@ -84,6 +85,7 @@ def shard(
                 unit(layer, reshard_after_forward)
         unit(encoder, reshard_after_forward)
     unit(model, False)
+    register_fsdp_forward_method(model, "run")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -13,11 +13,12 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
 
 from model.gemma4 import ENCODERS
+from model.inputs import Inputs
 from model.precision import accumulation_dtype
 from parallel.collectives import swap
 from parallel.mesh import Mesh
 from parallel.sharded import local_part
-from parallel.stage import Gemma4Stage, MicroBatch, StageLoss, shapes_at
+from parallel.stage import Gemma4Stage, StageLoss, shapes_at
 from parallel.weight_gradients import WeightGradients
 
 _SCHEDULES: dict[str, Callable[..., Any]] = {
@@ -36,14 +37,14 @@ class Pipeline:
         self.stages, self.mesh, self.name, self.count, self.dtype = stages, mesh, schedule, count, dtype
         self._schedules: dict[tuple[int, ...], Any] = {}
 
-    def step(self, micro_batches: Sequence[MicroBatch], loss: StageLoss, device: torch.device) -> None:
+    def step(self, micro_batches: Sequence[Inputs], loss: StageLoss, device: torch.device) -> None:
         """Gradients of the sum of `loss`, which the last stage calls for each micro-batch."""
         if not self._schedules:  # the first step: weights are there
             for stage in self.stages:
                 _gather_encoders_once(stage)
-        key = (len(micro_batches), *micro_batches[0].tokens_BS.shape)
+        key = (len(micro_batches), len(micro_batches[0].tokens_T))
         if key not in self._schedules:
-            self._schedules[key] = self._schedule(len(micro_batches), micro_batches[0].tokens_BS.numel(), device)
+            self._schedules[key] = self._schedule(*key, device)
         for stage in self.stages:
             stage.micro_batches, stage.loss = micro_batches, loss
         numbers = torch.arange(len(micro_batches))
@@ -61,13 +62,13 @@ class Pipeline:
 
     def _schedule(self, num_micro_batches: int, tokens: int, device: torch.device) -> Any:
         layout, pp = self.mesh.layout, self.mesh.layout.pp
-        stream = tokens // layout.tp if layout.tp > 1 and layout.sequence_parallel else tokens
+        own_tokens = tokens // layout.tp if layout.tp > 1 and layout.sequence_parallel else tokens
 
-        def held(heads: int) -> int:
+        def local_heads(heads: int) -> int:
             return max(heads // layout.tp, 1)
 
         def crossing(border: int) -> tuple[Tensor, ...]:
-            shapes = shapes_at(self.stages[0].config, border, tokens, stream, held)
+            shapes = shapes_at(self.stages[0].config, border, tokens, own_tokens, local_heads)
             return tuple(torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True) for shape in shapes)
 
         wrapped = []
@@ -128,7 +129,7 @@ def _later(stage: Gemma4Stage, deferred: WeightGradients) -> Callable[[], None]:
 
     def make_and_add() -> None:
         make()
-        for layer in stage.language_model.layers:
+        for layer in stage.layers:
             assert isinstance(layer, FSDPModule)
             for group in layer._get_fsdp_state()._fsdp_param_groups:
                 for parameter in group.fsdp_params:

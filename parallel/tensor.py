@@ -28,8 +28,8 @@ from model import Gemma4
 from model.config import LayerConfig
 from model.decoder import DecoderLayer
 from parallel.linear import ParallelLinear
+from parallel.sequence_parallel import TensorParallel
 from parallel.sharded import sharded_parameter
-from parallel.token_split import SplitStream, TensorParallel
 from parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
 
@@ -37,19 +37,18 @@ def apply_tensor_parallel(model: Gemma4, mesh: DeviceMesh, sequence_parallel: bo
     """Split a model on `meta`, or one pipeline stage of it, over the ranks of `mesh`."""
     plan = TensorParallel(mesh, sequence_parallel)
     text = model.language_model
-    for layer in text.layers:
-        _split_layer(cast(DecoderLayer, layer), plan)
+    for layer in model.layers:
+        _split_layer(layer, plan)
     if hasattr(text, "embed_tokens"):
         text.embed_tokens = VocabParallelEmbedding(cast(nn.Embedding, text.embed_tokens), plan)
     if hasattr(text, "norm"):
-        text.norm.register_forward_hook(_then(plan.gathered))
-    model.stream = SplitStream(plan)
+        text.norm.register_forward_hook(_then(plan.all_gather_tokens))
     model.head = VocabParallelHead(model.config.final_logit_softcapping, plan)
     return plan
 
 
 def _split_layer(layer: DecoderLayer, plan: TensorParallel) -> None:
-    attn, mlp, config = layer.self_attn, layer.mlp, layer.layer
+    attn, mlp, config = layer.self_attn, layer.mlp, layer.spec
     attn.q_proj, attn.o_proj = _split(attn.q_proj, plan, 0), _split(attn.o_proj, plan, 1)
     if not config.is_kv_consumer:
         attn.k_proj = _split_heads(attn.k_proj, plan, config)
@@ -58,9 +57,9 @@ def _split_layer(layer: DecoderLayer, plan: TensorParallel) -> None:
         _split(linear, plan, dim) for linear, dim in ((mlp.gate_proj, 0), (mlp.up_proj, 0), (mlp.down_proj, 1))
     )
     for norm in (layer.input_layernorm, layer.pre_feedforward_layernorm):
-        norm.register_forward_hook(_then(plan.gathered))
+        norm.register_forward_hook(_then(plan.all_gather_tokens))
     for linear in (attn.o_proj, mlp.down_proj):
-        linear.register_forward_hook(_then(plan.reduced))
+        linear.register_forward_hook(_then(plan.reduce_scatter_tokens))
 
 
 def _split(linear: nn.Linear, plan: TensorParallel, dim: int) -> ParallelLinear:

@@ -27,8 +27,8 @@ from model.head import (
 )
 from model.precision import accumulation_dtype
 from parallel.collectives import gather_tokens, summed
+from parallel.sequence_parallel import TensorParallel
 from parallel.sharded import local_part, sharded_parameter
-from parallel.token_split import TensorParallel
 
 _LARGEST_CAP = 80.0
 """exp of it, times a vocabulary, is still far from the largest float32."""
@@ -54,7 +54,7 @@ class VocabParallelEmbedding(nn.Module):
         padding = self.padding_idx - self.first_row
         rows = F.embedding(local_T[mine], weight, padding if 0 <= padding < weight.shape[0] else None)
         out_TD = weight.new_zeros(len(ids_T), weight.shape[1]).index_copy(0, mine, rows)
-        return self.plan.reduced(out_TD)
+        return self.plan.reduce_scatter_tokens(out_TD)
 
 
 class VocabParallelHead(Head):

@@ -60,7 +60,7 @@ class _Product(torch.autograd.Function):
 def defer_weight_gradients(stage: Gemma4Stage) -> WeightGradients:
     """Let the dense layers of a stage on `meta` leave their weight gradients."""
     later = WeightGradients()
-    for layer in stage.language_model.layers:
+    for layer in stage.layers:
         for module in list(layer.modules()):
             for name, linear in list(module.named_children()):
                 if isinstance(linear, nn.Linear):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from data.batch import IGNORE, Batch
+from data.batch import IGNORE, Batch, Row, collate
 from model import ConfigError, Gemma4, Gemma4Config
 from model.init import Fill, Slice, random_fill, whole_slices
 from parallel.apply import Options, build_parallel_model
@@ -166,8 +166,8 @@ def worst_of(errors: Sequence[Errors]) -> Errors:
     return replace(nearest, loss=max(e.loss for e in errors), norm=max(e.norm for e in errors))
 
 
-def rows(case: Case, step: int) -> Batch:
-    """The sequences of a step: packed documents of uneven length, spans without labels, a row without any."""
+def sequences(case: Case, step: int) -> list[Row]:
+    """The sequences of a step: packed documents of uneven length, spans without labels, one without any."""
     draw = random.Random(f"{case.seed}/{step}")
     vocab, length = case.config.vocab_size, case.length
     tokens = torch.randint(
@@ -185,11 +185,12 @@ def rows(case: Case, step: int) -> Batch:
             labels[row, start : start + hidden] = IGNORE
             start = end
     labels[draw.randrange(case.batch_size)] = IGNORE
-    return Batch(tokens, labels, positions, documents)
+    return [Row(*parts) for parts in zip(tokens, labels, positions, documents, strict=True)]
 
 
-def _part(batch: Batch, indices: slice) -> Batch:
-    return Batch(*(getattr(batch, n)[indices] for n in ("tokens_BS", "labels_BS", "positions_BS", "document_ids_BS")))
+def whole_batch(case: Case, step: int) -> Batch:
+    """All sequences of a step in one batch."""
+    return collate(sequences(case, step), case.config)
 
 
 def initial_values(seed: int) -> Fill:
@@ -228,7 +229,7 @@ def _reference(case: Case, dtype: torch.dtype) -> Run:
     optimizer = build_optimizer(model, OptimizerConfig(lr=LEARNING_RATES[case.dtype]))
     run = Run()
     for step in range(case.steps):
-        batch = rows(case, step)
+        batch = whole_batch(case, step)
         loss = cross_entropy(model, batch)
         (loss.total / loss.count).backward()
         run.losses.append(float(loss.nll / loss.count))
@@ -255,10 +256,8 @@ def train(case: Case, world: World, expected: Run) -> Errors:
     engine = Engine(parallel, CrossEntropy(), CPU, case.gradient_sync)
     found = Errors(0.0, 0.0, 0.0, bound=GRADIENTS_WITHIN[case.dtype])
     for step in range(case.steps):
-        batch = rows(case, step)
-        supervised = int(batch.supervised_BS.sum())
-        micro_batches = share_of(batch, case, layout, world.rank)
-        sums = engine.forward_backward(micro_batches, supervised, [(False, False)] * len(micro_batches))
+        supervised = whole_batch(case, step).kept.count
+        sums = engine.forward_backward(share_of(case, step, layout, world.rank), supervised)
         assert sums is not None
         total = sums["loss"].double()
         dist.all_reduce(total)
@@ -282,12 +281,12 @@ def mesh_of(layout: Layout) -> Mesh:
     return build_mesh(CPU, layout)
 
 
-def share_of(batch: Batch, case: Case, layout: Layout, rank: int) -> list[Batch]:
+def share_of(case: Case, step: int, layout: Layout, rank: int) -> list[Batch]:
     """The micro-batches of a data-parallel rank."""
     size = case.batch_size // layout.dp
     micro = micro_batch_size(case.batch_size, case.micro_batch_size, layout.dp, layout.pp)
-    start = layout.data_rank(rank) * size
-    return [_part(batch, slice(i, i + micro)) for i in range(start, start + size, micro)]
+    start, rows = layout.data_rank(rank) * size, sequences(case, step)
+    return [collate(rows[i : i + micro], case.config) for i in range(start, start + size, micro)]
 
 
 def whole_gradients(model: torch.nn.Module) -> dict[str, Tensor]:

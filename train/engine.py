@@ -10,16 +10,13 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch
-from model.config import LayerType
+from model import Gemma4Config
 from model.head import Head
-from model.masks import AttentionMask, layer_masks
-from model.media import Media, token_types
+from model.media import Media, pack_frames, pack_patches
 from parallel.apply import ParallelModel
-from parallel.context import ContextParallel
 from parallel.fsdp import require_gradient_sync
 from parallel.grad_norm import clip_grad_norm
-from parallel.stage import MicroBatch
-from train.objective import Loss, Objective, hidden_states
+from train.objective import Loss, Objective
 
 if TYPE_CHECKING:
     from parallel.pipeline import Pipeline
@@ -40,30 +37,34 @@ class Engine:
         self,
         micro_batches: Sequence[Batch],
         units: int,
-        present: Sequence[tuple[bool, bool]],
-        go_on: Callable[[], bool] | None = None,
+        has_media: Sequence[tuple[bool, bool]] | None = None,
+        should_continue: Callable[[], bool] | None = None,
     ) -> dict[str, Tensor] | None:
         """Gradients of the summed loss over `units`, the objective's units of all ranks.
 
-        present: for each micro-batch whether any rank has images, and sound. go_on: asked between
+        has_media: for each micro-batch whether any rank has images, and sound; by default what these
+        micro-batches have, on every rank alike. should_continue: asked between
         micro-batches, as a large step may take longer than the time a scheduler leaves; if no,
         the result is None. Returns this rank's part of the sums of loss and other metrics; those
         of all ranks add up.
         """
         sums: dict[str, Tensor] = {}
+        if has_media is None:
+            media = [batch.inputs.media or Media() for batch in micro_batches]
+            has_media = [(part.vision is not None, part.audio is not None) for part in media]
         for router in self.parallel.routers:
             router.scale = 1 / len(micro_batches)
         if self.parallel.pipeline is not None:
-            self._through_stages(self.parallel.pipeline, micro_batches, units, present, sums)
+            self._through_stages(self.parallel.pipeline, micro_batches, units, has_media, sums)
             return sums
         model = self.parallel.whole
         for index, batch in enumerate(micro_batches):
-            if index and go_on is not None and not go_on():
+            if index and should_continue is not None and not should_continue():
                 return None
             last = index == len(micro_batches) - 1
             require_gradient_sync(model, last or self.gradient_sync == "every")
-            local = self.local(batch, *present[index])
-            loss = self.objective(hidden_states(model, local), model.head, model.head_weight, local)
+            local = self.local(batch, *has_media[index])
+            loss = self.objective(model.run(local.inputs), model.head, model.head_weight, local)
             self._add(sums, loss)
             (loss.total / max(units, 1)).backward()
         return sums
@@ -73,18 +74,17 @@ class Engine:
         pipeline: Pipeline,
         micro_batches: Sequence[Batch],
         units: int,
-        present: Sequence[tuple[bool, bool]],
+        has_media: Sequence[tuple[bool, bool]],
         sums: dict[str, Tensor],
     ) -> None:
-        batches = [self.local(batch, *media) for batch, media in zip(micro_batches, present, strict=True)]
+        batches = [self.local(batch, *media) for batch, media in zip(micro_batches, has_media, strict=True)]
 
         def loss(hidden_TD: Tensor, head: Head, weight_VD: Tensor, number: int) -> Tensor:
             found = self.objective(hidden_TD, head, weight_VD, batches[number])
             self._add(sums, found)
             return found.total / max(units, 1)
 
-        given = [MicroBatch(b.tokens_BS, b.positions_BS, b.supervised_BS, b.media, self._masks(b)) for b in batches]
-        pipeline.step(given, loss, self.device)
+        pipeline.step([batch.inputs for batch in batches], loss, self.device)
         if not sums:  # stages before the last see no loss
             sums |= {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in self.objective.sums}
 
@@ -96,16 +96,14 @@ class Engine:
 
     def local(self, batch: Batch, vision: bool, audio: bool) -> Batch:
         """What this rank runs of a batch, on its device."""
-        media = Media.on_all_ranks(batch.media, self.parallel.config, vision=vision, audio=audio)
-        batch = replace(batch, media=media)
-        if self.parallel.context is not None:
-            batch = cut(batch, self.parallel.context)
-        return batch.to(self.device)
-
-    def _masks(self, batch: Batch) -> dict[LayerType, AttentionMask]:
-        """Once for all stages of this rank."""
-        config = self.parallel.config
-        return batch.masks or layer_masks(config, token_types(config, batch.tokens_BS), batch.document_ids_BS)
+        parallel = self.parallel
+        media = media_of_all_ranks(batch.inputs.media, parallel.config, vision=vision, audio=audio)
+        inputs, labels_BS = replace(batch.inputs, media=media), batch.labels_BS
+        if parallel.context is not None:
+            inputs, labels_BS = parallel.context.cut(inputs), parallel.context.part(labels_BS)
+        if parallel.tensor is not None:
+            inputs = parallel.tensor.deal(inputs)
+        return Batch(inputs, labels_BS).to(self.device)
 
     def _add(self, sums: dict[str, Tensor], loss: Loss) -> None:
         for name, value in {"loss": loss.nll, "count": loss.count, **loss.metrics}.items():
@@ -115,24 +113,10 @@ class Engine:
             sums[name] = sums.get(name, 0) + value
 
 
-def cut(batch: Batch, context: ContextParallel) -> Batch:
-    """This rank's positions of every sequence, with masks that see all of it."""
-    types_BS = token_types(context.config, batch.tokens_BS)
-
-    def local_rows(rows: Tensor) -> Tensor:
-        return context.local_rows(rows, *batch.tokens_BS.shape)
-
-    media = batch.media
-    if media is not None:
-        media = Media(
-            None if media.vision is None else replace(media.vision, rows=local_rows(media.vision.rows)),
-            None if media.audio is None else replace(media.audio, rows=local_rows(media.audio.rows)),
-        )
-    return Batch(
-        context.cut(batch.tokens_BS),
-        context.cut(batch.labels_BS),
-        context.cut(batch.positions_BS),
-        context.cut(batch.document_ids_BS),
-        media,
-        context.masks(types_BS, batch.document_ids_BS, batch.positions_BS),
+def media_of_all_ranks(media: Media | None, config: Gemma4Config, *, vision: bool, audio: bool) -> Media:
+    """Media with empty parts for what only other ranks have, so that all ranks run the same encoders."""
+    have, nowhere = media or Media(), torch.zeros(0, dtype=torch.long)
+    return Media(
+        pack_patches(config, (), nowhere) if vision and have.vision is None else have.vision,
+        pack_frames(config, (), nowhere) if audio and have.audio is None else have.audio,
     )

@@ -10,64 +10,43 @@ Not counted: table look-ups, norms, rotations, softmax, recomputation.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import torch
 
-from data.batch import Batch
 from model import Gemma4Config
-from model.config import LayerType
-from model.masks import attention_mask
-from model.media import Media, is_vision, token_types
+from model.decoder import first_pruned
+from model.inputs import Inputs
+from model.masks import AttentionMask
+from model.media import Media
 from model.media_config import AudioConfig, VisionConfig
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one batch asks for: positions, supervised positions, and visible (query, key) pairs by layer type."""
-
-    tokens: int
-    supervised: int
-    pairs: dict[LayerType, int]
-    supervised_pairs: dict[LayerType, int]
-
-
-def batch_work(config: Gemma4Config, batch: Batch) -> Work:
-    """Count a batch; reads values, so call it before the batch moves to a GPU."""
-    rows = batch.supervised_BS.flatten()
-    pairs: dict[LayerType, int] = {}
-    supervised_pairs: dict[LayerType, int] = {}
-    for kind in dict.fromkeys(config.layer_types):
-        window = config.sliding_window if kind == "sliding_attention" else None
-        both_ways = kind == "sliding_attention" and config.sees_images_both_ways
-        mask = attention_mask(
-            *batch.tokens_BS.shape,
-            window=window,
-            document_ids_BS=batch.document_ids_BS,
-            vision_BS=is_vision(token_types(config, batch.tokens_BS)) if both_ways else None,
-        )
-        visible_T = mask.last_key_T - mask.first_key_T + 1
-        pairs[kind], supervised_pairs[kind] = int(visible_T.sum()), int(visible_T[rows].sum())
-    return Work(batch.tokens_BS.numel(), int(rows.sum()), pairs, supervised_pairs)
-
-
-def training_flops(config: Gemma4Config, work: Work) -> int:
-    """Operations of forward and backward over the batch."""
+def training_flops(config: Gemma4Config, inputs: Inputs) -> int:
+    """Operations of forward and backward over a batch; reads values, so call it before the batch moves to a GPU."""
+    assert inputs.kept is not None
     D, N, P = config.hidden_size, config.num_attention_heads, config.hidden_size_per_layer_input
-    multiply_adds = work.supervised * config.vocab_size * D
+    tokens, kept = len(inputs.tokens_T), inputs.kept.count
+    all_pairs, kept_pairs = (
+        {layer_type: _pairs(mask) for layer_type, mask in masks.items()} for masks in (inputs.masks, inputs.kept.masks)
+    )
+    multiply_adds = kept * config.vocab_size * D
     for index in range(config.num_hidden_layers):
         layer = config.layer(index)
-        H, narrowed = layer.head_dim, index >= config.first_kv_shared_layer - 1
-        queries = work.supervised if narrowed else work.tokens
-        pairs = (work.supervised_pairs if narrowed else work.pairs)[layer.type]
+        H, pruned = layer.head_dim, index >= first_pruned(config)
+        queries, pairs = (kept, kept_pairs[layer.type]) if pruned else (tokens, all_pairs[layer.type])
         if not layer.is_kv_consumer:
-            multiply_adds += work.tokens * D * layer.num_kv_heads * H * (1 if layer.k_eq_v else 2)
+            multiply_adds += tokens * D * layer.num_kv_heads * H * (1 if layer.k_eq_v else 2)
         per_query = 2 * D * N * H + 3 * D * layer.intermediate_size + 3 * D * P
         if config.enable_moe_block:
             assert config.num_experts and config.top_k_experts and config.moe_intermediate_size
             per_query += D * config.num_experts + 3 * D * config.moe_intermediate_size * config.top_k_experts
         multiply_adds += queries * per_query + 2 * pairs * N * H
     return 3 * 2 * multiply_adds
+
+
+def _pairs(mask: AttentionMask) -> int:
+    """Visible (query, key) pairs."""
+    return int((mask.last_key_T - mask.first_key_T + 1).sum())
 
 
 def media_flops(config: Gemma4Config, media: Media, frozen: tuple[str, ...] = ()) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from data.batch import Batch
@@ -57,30 +58,17 @@ class CrossEntropy:
         return ("loss", "count", "z") if self.z_loss else ("loss", "count")
 
     def units(self, batch: Batch) -> int:
-        return int(batch.supervised_BS.sum())
+        return batch.kept.count
 
     def __call__(self, hidden_TD: Tensor, head: Head, weight_VD: Tensor, batch: Batch) -> Loss:
-        supervised = batch.supervised_BS
-        sums = head(hidden_TD, weight_VD, batch.labels_BS[supervised], z_loss=self.z_loss)
-        return Loss(sums.total, sums.nll, supervised.sum(), {"z": sums.z} if self.z_loss else {})
+        sums = head(hidden_TD, weight_VD, batch.labels_T, z_loss=self.z_loss)
+        return Loss(sums.total, sums.nll, torch.tensor(batch.kept.count), {"z": sums.z} if self.z_loss else {})
 
 
 OBJECTIVES: dict[str, Callable[[TrainConfig], Objective]] = {"cross_entropy": lambda train: CrossEntropy(train.z_loss)}
 """What makes the objective of each name that `train.objective` takes."""
 
 
-def hidden_states(model: Gemma4, batch: Batch) -> Tensor:
-    """Hidden states [T_supervised, D] of a batch."""
-    return model(
-        batch.tokens_BS,
-        positions=batch.positions_BS,
-        document_ids=batch.document_ids_BS,
-        supervised=batch.supervised_BS,
-        media=batch.media,
-        masks=batch.masks,
-    )
-
-
 def cross_entropy(model: Gemma4, batch: Batch, z_loss: float = 0.0) -> Loss:
     """The loss of a batch on a model that lies whole on one device."""
-    return CrossEntropy(z_loss)(hidden_states(model, batch), model.head, model.head_weight, batch)
+    return CrossEntropy(z_loss)(model.run(batch.inputs), model.head, model.head_weight, batch)

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from data.tokenizer import BOS, EOS
 from model.generate import generate
 from parallel.apply import ParallelModel
-from parallel.token_split import whole_stream
+from parallel.sequence_parallel import tokens_on_every_rank
 
 
 def write_samples(
@@ -28,7 +28,7 @@ def write_samples(
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     encoded = [[BOS, *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in prompts]
     # Each step is collective: no rank may stop early on its own view of the text, so ends are cut off afterwards.
-    with whole_stream(parallel.tensor):
+    with tokens_on_every_rank(parallel.tensor):
         texts = generate(parallel.whole, encoded, max_new_tokens, generator=generator, device=device)
     if isinstance(parallel.whole, FSDPModule):
         parallel.whole.reshard()  # a forward without a backward leaves the root gathered

@@ -31,7 +31,7 @@ from train.corpus import build_dataset, describe_data, prepare_corpus
 from train.engine import Engine
 from train.export import Origin, export
 from train.faults import StopRequest
-from train.flops import batch_work, media_flops, peak_flops, training_flops
+from train.flops import media_flops, peak_flops, training_flops
 from train.metrics import Meter, step_line
 from train.objective import OBJECTIVES
 from train.optimizer import build_optimizer, set_learning_rate
@@ -169,17 +169,17 @@ class Trainer:
         waited = time.perf_counter()
         micro_batches = [next(batches) for _ in range(accumulation)]
         waited = time.perf_counter() - waited
-        works = [batch_work(self.model_config, batch) for batch in micro_batches]
-        parts = [batch.media or Media() for batch in micro_batches]
+        given = [batch.inputs for batch in micro_batches]
+        parts = [inputs.media or Media() for inputs in given]
         speaks = self.engine.leads  # of the ranks that share these sequences, one counts them
         # Everything ranks must agree on before the step, in one small exchange.
         units, supervised, tokens, flops, stops, written, *present = self._summed(
             speaks * sum(map(self.objective.units, micro_batches)),
-            speaks * sum(work.supervised for work in works),
-            speaks * sum(work.tokens for work in works),
+            speaks * sum(batch.kept.count for batch in micro_batches),
+            speaks * sum(len(inputs.tokens_T) for inputs in given),
             speaks
             * (
-                sum(training_flops(self.model_config, work) for work in works)
+                sum(training_flops(self.model_config, inputs) for inputs in given)
                 + sum(media_flops(self.model_config, media, self.frozen) for media in parts)
             ),
             bool(self.stop),
@@ -194,7 +194,7 @@ class Trainer:
             micro_batches,
             units,
             [(vision > 0, audio > 0) for vision, audio in zip(present[::2], present[1::2], strict=True)],
-            go_on=lambda: not self._summed(bool(self.stop))[0],
+            should_continue=lambda: not self._summed(bool(self.stop))[0],
         )
         if sums is None:
             return False

@@ -103,9 +103,7 @@ def test_media_come_in_the_order_of_their_tokens_and_the_model_reads_them(name: 
     network = Gemma4(config)
     network.init_weights(torch.Generator().manual_seed(0))
     with torch.no_grad():
-        hidden = network(
-            batch.tokens_BS, batch.positions_BS, batch.document_ids_BS, batch.supervised_BS, media=batch.media
-        )
+        hidden = network.run(batch.inputs)
     assert hidden.shape[0] == (row.labels_S != IGNORE).sum() and hidden.isfinite().all()
 
 

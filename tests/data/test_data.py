@@ -135,9 +135,9 @@ def test_every_mesh_and_worker_count_deals_the_same_sequences(
         for i, batch in enumerate(load_batches(dataset, sampler, workers, TINY)):
             steps[i // sampler.accumulation].append(batch)
     for step, batches in enumerate(steps):
-        found = {tuple(row) for batch in batches for row in batch.tokens_BS.tolist()}
+        found = {tuple(row) for batch in batches for row in batch.inputs.tokens_T.view(batch.labels_BS.shape).tolist()}
         assert found == {tuple(dataset[40 + step * 8 + i].tokens_S.tolist()) for i in range(8)}
-        assert sum(batch.tokens_BS.shape[0] for batch in batches) == 8
+        assert sum(batch.inputs.batch_size for batch in batches) == 8
 
 
 def test_prepare_as_a_command(

@@ -14,7 +14,7 @@ B, K, G, H = 2, 2, 3, 8
 
 
 def plain(q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> Tensor:
-    k, v = (t.repeat_interleave(G, dim=2)[mask.row_T] for t in (k_BSKH, v_BSKH))
+    k, v = (t.repeat_interleave(G, dim=2)[mask.batch_T] for t in (k_BSKH, v_BSKH))
     scores = torch.einsum("tnh,tsnh->tns", q_TNH, k).masked_fill(~mask.dense()[:, None], float("-inf"))
     return torch.einsum("tns,tsnh->tnh", scores.softmax(-1), v)
 
@@ -106,7 +106,7 @@ def test_no_queries_need_no_kernel_but_keep_their_gradients() -> None:
     assert out.shape == (0, K * G, H)
     grads = torch.autograd.grad(out.sum(), (q, k, v))
     assert all(not grad.any() for grad in grads)
-    empty = segment_mask((), torch.device("cpu"))
+    empty = segment_mask(())
     assert attention(q, k[:0], v[:0], empty).shape == (0, K * G, H)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from model import Gemma4
 from model.generate import Cache, cache_masks, generate, sample
+from model.inputs import make_inputs
 from tests.model.multimodal import make_example, random_whole_config, whole_ours, whole_reference
 from tests.model.reference import (
     FAMILIES,
@@ -42,11 +43,11 @@ def test_greedy_with_cache_equals_greedy_without(family: str, seed: int) -> None
 def test_a_sliding_layer_keeps_one_window_and_consumers_keep_nothing() -> None:
     config = random_config("e4b", 1)
     model = ours_from(perturbed_reference(config, 1), config)
-    cache = Cache(config, num_rows=1)
+    cache = Cache(config, batch_size=1)
     for position in range(32):
         masks = cache_masks(config, position, 1, torch.zeros(1, dtype=torch.long))
         with torch.no_grad():
-            model(torch.tensor([[7]]), torch.tensor([[position]]), masks=masks, store=cache.store)
+            model.run(make_inputs(config, torch.tensor([[7]]), torch.tensor([[position]]), masks=masks), cache)
     assert set(cache.layers) == set(range(config.first_kv_shared_layer))
     for index, (k, _) in cache.layers.items():
         window = config.layer(index).window

@@ -30,7 +30,7 @@ def test_initial_values_follow_the_reference(name: str) -> None:
         bounds = {"input_min": -inf, "output_min": -inf, "input_max": inf, "output_max": inf, "std_bias": 0.0}
         assert (buffer == bounds.get(name.rpartition(".")[2], 1.0)).all(), name
     assert not model.language_model.embed_tokens.weight[0].any()
-    assert model.language_model.layers[0].layer_scalar.item() == 1
+    assert model.layers[0].layer_scalar.item() == 1
 
 
 def test_the_seed_alone_decides_and_names_differ() -> None:

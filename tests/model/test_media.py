@@ -22,7 +22,7 @@ def test_patches_of_one_soft_token_lie_together_in_reading_order() -> None:
     positions = example.media.vision.positions_T2.view(6, 9, 2) // 3
     assert (positions == positions[:, :1]).all()
     assert positions[:, 0].tolist() == [[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1]]
-    assert example.media.vision.rows.tolist() == list(range(1, 7))
+    assert example.media.vision.places.index.tolist() == list(range(1, 7))
 
 
 def build(config: Gemma4Config, tokens: list[int], images: Any = (), clips: Any = ()) -> Media:

@@ -96,7 +96,7 @@ def test_bfloat16_experts_are_nearer_the_truth_than_the_reference(seed: int) -> 
     """The reference adds a token's experts up in bfloat16, we in float32; routing is the same, bit for bit."""
     config = random_config("26b_a4b", seed)
     exact = perturbed_reference(config, seed).model.layers[0]
-    ours = ours_from(perturbed_reference(config, seed), config).bfloat16().language_model.layers[0]
+    ours = ours_from(perturbed_reference(config, seed), config).bfloat16().layers[0]
     reference = to_bfloat16(perturbed_reference(config, seed)).model.layers[0]
     x = torch.randn(500, config.hidden_size, generator=torch.Generator().manual_seed(seed)).bfloat16()
     with torch.no_grad():

@@ -56,7 +56,7 @@ def test_consumer_layers_and_the_last_layer_see_supervised_rows_only() -> None:
     config = random_config("e4b", 0)
     ours = ours_from(perturbed_reference(config, 0), config)
     rows: dict[int, int] = {}
-    for index, layer in enumerate(ours.language_model.layers):
+    for index, layer in enumerate(ours.layers):
         layer.mlp.register_forward_hook(lambda m, args, out, index=index: rows.__setitem__(index, args[0].shape[0]))
     supervised = torch.zeros(2, 40, dtype=torch.bool)
     supervised[1, -3:] = True
@@ -76,7 +76,7 @@ def test_gradients_of_shared_keys_and_values_survive_recomputation(family: str, 
     labels[:, -6:] = torch.randint(0, config.vocab_size, (2, 6))
     with reference_in_double(reference):
         _, expected = reference_step(reference, tokens, labels)
-    for layer in ours.language_model.layers:
+    for layer in ours.layers:
         forward = layer.forward
         layer.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
     found = ours_step(ours, tokens, labels, skip=skip)

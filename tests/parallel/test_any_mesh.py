@@ -14,7 +14,7 @@ from parallel.layout import Layout
 from parallel.mesh import World, build_mesh
 from tests.compare import hold
 from tests.distributed import run_ranks
-from tests.meshes import CPU, LEARNING_RATES, Case, initial_values, rows, share_of
+from tests.meshes import CPU, LEARNING_RATES, Case, initial_values, share_of, whole_batch
 from tests.report import report
 from train.checkpoint import Checkpointer
 from train.config import OptimizerConfig
@@ -52,10 +52,8 @@ class Running:
         self.engine = Engine(self.parallel, CrossEntropy(), CPU)
 
     def step(self, number: int) -> float:
-        batch = rows(self.case, number)
-        supervised = int(batch.supervised_BS.sum())
-        micro_batches = share_of(batch, self.case, self.case.layout, self.rank)
-        sums = self.engine.forward_backward(micro_batches, supervised, [(False, False)] * len(micro_batches))
+        supervised = whole_batch(self.case, number).kept.count
+        sums = self.engine.forward_backward(share_of(self.case, number, self.case.layout, self.rank), supervised)
         assert sums is not None
         total = sums["loss"].double()
         dist.all_reduce(total)

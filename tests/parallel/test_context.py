@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from model import Gemma4, Gemma4Config
 from model.attention import KeyValue
 from model.attention_kernels import blocked_partial, flex_partial_over
-from model.masks import AttentionMask, layer_masks
-from model.media import token_types
+from model.inputs import Inputs, make_inputs
+from model.masks import AttentionMask
 from parallel.collectives import gather_tokens
 from parallel.context import ContextParallel, RingMask, WindowMask
 from parallel.mesh import World
@@ -69,6 +69,9 @@ class Batch:
     supervised: Tensor
     factors: Tensor
 
+    def inputs(self, config: Gemma4Config, skip: bool = False) -> Inputs:
+        return make_inputs(config, self.tokens, self.positions, self.documents, self.supervised if skip else None)
+
     @classmethod
     def make(cls, window: int) -> Batch:
         generator = torch.Generator().manual_seed(window)
@@ -108,7 +111,7 @@ def one_process(variant: str, window: int, skip: bool) -> tuple[Tensor, dict[str
 
 
 def recompute(model: Gemma4, context: Callable[[], Any]) -> None:
-    for layer in model.language_model.layers:
+    for layer in model.layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=context)
 
 
@@ -127,13 +130,8 @@ def one_rank(variant: str, window: int, skip: bool, mode: str) -> tuple[Tensor, 
     plan = ContextParallel(config, dist.group.WORLD)
     plan.apply(model)
     RECOMPUTE[mode](model)
-    supervised, factors = plan.cut(batch.supervised), plan.cut(batch.factors)
-    hidden = model(
-        plan.cut(batch.tokens),
-        positions=plan.cut(batch.positions),
-        supervised=supervised if skip else None,
-        masks=plan.masks(token_types(config, batch.tokens), batch.documents, batch.positions),
-    )
+    supervised, factors = plan.part(batch.supervised), plan.part(batch.factors)
+    hidden = model.run(plan.cut(batch.inputs(config, skip)))
     (hidden * (factors[supervised] if skip else factors)).sum().backward()
     return hidden.detach(), gradients(model)
 
@@ -210,19 +208,21 @@ def test_queries_see_what_they_see_in_the_whole_and_only_that_crosses(ranks: int
         crossed = []
         for variant in ("31b with images", "e4b"):
             for window in (*WINDOWS, 1, 100):
-                for documents in (Batch.make(4).documents, None):
+                for documents in (Batch.make(4).documents, torch.zeros(B, S)):
                     config = small(variant, window)
                     plan = ContextParallel(config, group)
-                    here = plan.cut(places.view(B, S)).flatten()
+                    here = plan.part(places.view(B, S)).flatten()
                     assert torch.equal(here, held(places.view(B, S), world.rank, ranks).flatten())
-                    rows = plan.local_rows(places, B, S)
-                    assert torch.equal(rows[here], torch.arange(len(here))) and (rows >= 0).sum() == len(here)
+                    batch = replace(Batch.make(4), documents=documents, supervised=torch.ones(B, S, dtype=torch.bool))
+                    inputs = batch.inputs(config, skip=True)
+                    cut = plan.cut(inputs)
+                    assert cut.kept is not None and torch.equal(cut.kept.index, torch.arange(len(here)))
+                    assert torch.equal(cut.tokens_T, inputs.tokens_T[here])
 
-                    types = token_types(config, Batch.make(4).tokens)
                     made = KeyValue(*(here[:, None, None].float(),) * 2)
                     queries = torch.arange(0, len(here), 3).repeat_interleave(2)  # some, each of them twice
-                    for kind, mask in plan.masks(types, documents, Batch.make(4).positions).items():
-                        dense = layer_masks(config, types, documents)[kind].dense()
+                    for layer_type, mask in cut.masks.items():
+                        dense = inputs.masks[layer_type].dense()
                         columns = dense.new_zeros(B * S, B * S).view(B, S, B, S)
                         for row in range(B):
                             columns[row, :, row] = dense.view(B, S, S)[row]
@@ -234,7 +234,7 @@ def test_queries_see_what_they_see_in_the_whole_and_only_that_crosses(ranks: int
                             foreign = expected.any(dim=0)
                             foreign[here] = False
                             assert sum(mask.receives) == int(foreign.sum()) and mask.receives[world.rank] == 0
-                            if documents is not None:
+                            if documents.any():
                                 crossed.append({"keys": variant, "window": window, "received": sum(mask.receives)})
         return crossed
 
@@ -254,7 +254,7 @@ def visible(plan: ContextParallel, mask: AttentionMask, made: KeyValue, group: d
         pairs = [(mask, plan.exchange(made, mask).k_TKH)]
     for part, keys in pairs:
         query, key = part.dense().nonzero(as_tuple=True)
-        out[query, keys.flatten().long()[part.row_T[query] * part.num_keys + key]] = True
+        out[query, keys.flatten().long()[part.batch_T[query] * part.num_keys + key]] = True
     return out
 
 
@@ -275,7 +275,7 @@ def partial_mask() -> AttentionMask:
 
 
 def dense_partial(q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor]:
-    k, v = (t.repeat_interleave(3, dim=2)[mask.row_T] for t in (k_BSKH, v_BSKH))
+    k, v = (t.repeat_interleave(3, dim=2)[mask.batch_T] for t in (k_BSKH, v_BSKH))
     seen = mask.dense()[:, None]
     weights = torch.einsum("tnh,tsnh->tns", q_TNH, k).exp() * seen
     total = weights.sum(-1)

@@ -13,8 +13,8 @@ from parallel.balance import RouterBalance, read_balance
 from parallel.expert import ParallelExperts
 from parallel.layout import Layout
 from parallel.mesh import World, build_mesh
+from parallel.sequence_parallel import TensorParallel
 from parallel.sharded import local_part
-from parallel.token_split import TensorParallel
 from tests.compare import relative_error
 from tests.distributed import run_ranks
 from tests.meshes import CPU, SMALL
@@ -149,6 +149,6 @@ def test_router_losses_are_means_over_all_ranks() -> None:
 def test_nothing_is_added_where_no_loss_is_asked_for() -> None:
     model = Gemma4(CONFIG)
     scores = torch.randn(4, EXPERTS, requires_grad=True) * 1
-    assert model.language_model.layers[0].router.observer is None  # type: ignore[union-attr]
+    assert model.layers[0].router.observer is None
     RouterBalance(0, EXPERTS, [], 0.0, 0.0)(scores, scores.topk(TOP_K).indices)
     assert not scores._backward_hooks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,10 +19,10 @@ from parallel.layout import Layout
 from parallel.mesh import World, build_mesh
 from tests.compare import hold, relative_error
 from tests.distributed import run_ranks
-from tests.meshes import Case, gradient_errors, rows, share_of, whole_gradients
+from tests.meshes import Case, gradient_errors, share_of, whole_gradients
 from tests.model.multimodal import make_example
 from tests.report import report
-from train.engine import Engine
+from train.engine import Engine, media_of_all_ranks
 from train.objective import CrossEntropy, cross_entropy
 
 CPU = torch.device("cpu")
@@ -50,20 +51,22 @@ def batches(config: Gemma4Config, rows: list[list[Any]]) -> list[Batch]:
         pad = 48 - tokens.shape[1]
         tokens = torch.nn.functional.pad(tokens, (0, pad), value=5)
         labels = torch.nn.functional.pad(labels, (0, pad), value=-100)
-        found.append(Batch(tokens, labels, torch.arange(48)[None], torch.zeros_like(tokens), example.media))
+        found.append(
+            Batch.make(config, tokens, labels, torch.arange(48)[None], torch.zeros_like(tokens), example.media)
+        )
     return found
 
 
 def present(batch: Batch) -> tuple[bool, bool]:
-    media = batch.media or Media()
+    media = batch.inputs.media or Media()
     return media.vision is not None, media.audio is not None
 
 
 def backward(model: Gemma4, batch: Batch, others: list[Batch]) -> Tensor:
     """As the trainer does it: every rank runs the encoders that any rank needs in this micro-batch."""
     vision, audio = (any(flags) for flags in zip(*map(present, [batch, *others]), strict=True))
-    media = Media.on_all_ranks(batch.media, model.config, vision=vision, audio=audio)
-    loss = cross_entropy(model, Batch(**{**vars(batch), "media": media}))
+    media = media_of_all_ranks(batch.inputs.media, model.config, vision=vision, audio=audio)
+    loss = cross_entropy(model, replace(batch, inputs=replace(batch.inputs, media=media)))
     loss.total.backward()
     return loss.nll
 
@@ -158,7 +161,7 @@ def test_media_on_any_mesh_give_the_gradients_of_one_process(
 ) -> None:
     config = config_of(name)
     data = batches(config, [ROWS[0], ROWS[2], ROWS[1], ROWS[4]])
-    supervised = sum(int(batch.supervised_BS.sum()) for batch in data)
+    supervised = sum(batch.kept.count for batch in data)
 
     def run(world: World, layout: Layout) -> dict[str, float]:
         mesh, fill = build_mesh(CPU, layout), random_fill(3, 0.1, 0)
@@ -192,8 +195,7 @@ def test_a_pipeline_whose_towers_see_nothing_goes_on() -> None:
         parallel = build_parallel_model(case.config, mesh, CPU, random_fill(0, 0.1, 0), Options(sequence_length=32))
         engine, total = Engine(parallel, CrossEntropy(), CPU), 0.0
         for step in range(2):
-            micro_batches = share_of(rows(case, step), case, case.layout, world.rank)
-            engine.forward_backward(micro_batches, 100, [(False, False)] * len(micro_batches))
+            engine.forward_backward(share_of(case, step, case.layout, world.rank), 100)
             total = engine.clip(1.0)
         return total
 
@@ -210,7 +212,7 @@ def test_images_may_come_after_text_in_bfloat16(name: str) -> None:
         mesh, fill = build_mesh(CPU, Layout()), random_fill(3, 0.02, 0)
         parallel = build_parallel_model(config, mesh, CPU, fill, Options(compute_dtype=torch.bfloat16))
         engine = Engine(parallel, CrossEntropy(), CPU)
-        engine.forward_backward(order, 50, [present(batch) for batch in order])
+        engine.forward_backward(order, 50)
         return whole_gradients(parallel.model)
 
     (text_first, images_first), *_ = run_ranks(1, lambda world: (run(data), run(data[::-1])))

@@ -10,18 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.batch import Batch
+from data.batch import IGNORE, Batch
 from model import Gemma4
 from model.init import random_fill, whole_slices
-from model.masks import layer_masks
-from model.media import token_types
 from parallel.apply import Options, ParallelModel, build_parallel_model
 from parallel.collectives import swap
 from parallel.cut import SCHEDULES
 from parallel.layout import Layout
 from parallel.mesh import World, build_mesh
 from parallel.sharded import local_part
-from parallel.stage import Gemma4Stage, MicroBatch, carried_types, shapes_at
+from parallel.stage import Gemma4Stage, carried_types, shapes_at
 from tests.compare import hold, relative_error
 from tests.distributed import run_ranks
 from tests.meshes import (
@@ -33,12 +31,13 @@ from tests.meshes import (
     gradient_errors,
     initial_values,
     reference,
-    rows,
+    sequences,
     share_of,
     train,
+    whole_batch,
     worst_of,
 )
-from tests.parallel.test_media_mesh import ROWS, batches, config_of, present
+from tests.parallel.test_media_mesh import ROWS, batches, config_of
 from tests.report import report
 from train.config import OptimizerConfig
 from train.engine import Engine
@@ -58,13 +57,10 @@ def slow_imports() -> None:
 
 def through(stages: list[Gemma4Stage], batch: Batch) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
     """The loss of a batch that goes through all stages in this process, and what crossed each border."""
-    config = stages[0].config
-    masks = layer_masks(config, token_types(config, batch.tokens_BS), batch.document_ids_BS)
-    given = MicroBatch(batch.tokens_BS, batch.positions_BS, batch.supervised_BS, None, masks)
     out: Any = (torch.zeros(1, dtype=torch.float64),)
     crossed = []
     for stage in stages:
-        stage.micro_batches = [given]
+        stage.micro_batches = [batch.inputs]
         stage.loss = lambda hidden_TD, head, weight_VD, number: CrossEntropy()(hidden_TD, head, weight_VD, batch).total
         out = stage(*out, number=torch.tensor([0]))
         if not stage.is_last:
@@ -76,7 +72,7 @@ def through(stages: list[Gemma4Stage], batch: Batch) -> tuple[Tensor, list[tuple
 def test_wherever_a_model_is_cut_it_computes_the_same(variant: str) -> None:
     """All eight ways to cut four layers, one of which is not to; shapes at borders are those foretold."""
     case = Case(variant, steps=1)
-    config, batch = case.config, rows(case, 0)
+    config, batch = case.config, whole_batch(case, 0)
     whole = Gemma4(config).double()
     initial_values(0)(whole_slices(whole))
     expected = cross_entropy(whole, batch).total
@@ -89,7 +85,7 @@ def test_wherever_a_model_is_cut_it_computes_the_same(variant: str) -> None:
         for stage in stages:
             stage.load_state_dict({name: state[name] for name in stage.state_dict()})
         loss, crossed = through(stages, batch)
-        tokens = batch.tokens_BS.numel()
+        tokens = len(batch.inputs.tokens_T)
         for border, tensors in zip(borders, crossed, strict=True):
             assert tuple(t.shape for t in tensors) == shapes_at(config, border, tokens, tokens, lambda heads: heads)
             assert all(t.requires_grad for t in tensors)
@@ -155,7 +151,7 @@ SCHEDULED: dict[int, list[Case]] = {
 def test_every_schedule_gives_the_gradients_of_one_process(ranks: int, slow_imports: None) -> None:
     cases = SCHEDULED[ranks]
     for case in cases:
-        assert {bool(row.any()) for row in rows(case, 0).supervised_BS} == {True, False}
+        assert {bool((row.labels_S != IGNORE).any()) for row in sequences(case, 0)} == {True, False}
     expected = [reference(case.reference_key) for case in cases]
 
     def run(world: World) -> list[Errors]:
@@ -206,9 +202,8 @@ def test_no_schedule_changes_what_bfloat16_gives(micro_batches: int, slow_import
 
 def step(parallel: ParallelModel, case: Case, world: World, number: int = 0) -> Engine:
     """Forward and backward of the case's sequences."""
-    batch, engine = rows(case, number), Engine(parallel, CrossEntropy(), CPU)
-    micro_batches = share_of(batch, case, case.layout, world.rank)
-    engine.forward_backward(micro_batches, int(batch.supervised_BS.sum()), [(False, False)] * len(micro_batches))
+    engine, supervised = Engine(parallel, CrossEntropy(), CPU), whole_batch(case, number).kept.count
+    engine.forward_backward(share_of(case, number, case.layout, world.rank), supervised)
     return engine
 
 
@@ -247,13 +242,13 @@ def test_media_of_some_micro_batches_enter_at_the_first_stage(
 ) -> None:
     config = config_of(name)
     data = batches(config, [ROWS[1], ROWS[0], ROWS[2], ROWS[3]])
-    supervised = sum(int(batch.supervised_BS.sum()) for batch in data)
+    supervised = sum(batch.kept.count for batch in data)
 
     def run(world: World) -> tuple[dict[str, float], set[str]]:
         mesh, fill = build_mesh(CPU, PP2), random_fill(3, 0.1, 0)
         wanted = Options(sequence_length=48, compute_dtype=torch.float64, **options)
         parallel = build_parallel_model(config, mesh, CPU, fill, wanted)
-        Engine(parallel, CrossEntropy(), CPU).forward_backward(data, supervised, [present(b) for b in data])
+        Engine(parallel, CrossEntropy(), CPU).forward_backward(data, supervised)
         return gradient_errors(parallel.model, expected), {key for key, _ in parallel.model.named_parameters()}
 
     plain = Gemma4(config).double()

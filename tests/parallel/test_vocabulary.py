@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from model.errors import ConfigError
 from model.head import Head, linear_cross_entropy, softcapped_logits
 from parallel.mesh import World
-from parallel.token_split import TensorParallel, whole_stream
+from parallel.sequence_parallel import TensorParallel, tokens_on_every_rank
 from parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 from tests.compare import hold, relative_error
 from tests.distributed import run_ranks
@@ -133,7 +133,7 @@ def split_look_up(dtype: torch.dtype, rows: int, plan: TensorParallel) -> LookUp
     share = table(ids)
     (share * factors[plan.share(len(ids))]).sum().backward()
     grad_share, table.weight.grad = local_of(table.weight.grad), None
-    with whole_stream(plan):
+    with tokens_on_every_rank(plan):
         whole = table(ids)
     (whole * factors * (plan.rank + 1)).sum().backward()  # a part of what all ranks have alike
     return LookUp(dtype, share.detach(), grad_share, whole.detach(), local_of(table.weight.grad))

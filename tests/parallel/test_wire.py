@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data.batch import Batch
+from data.batch import Batch, collate
 from model.moe import Experts, Router
 from parallel.apply import Options, ParallelModel, build_parallel_model
 from parallel.expert import ParallelExperts
 from parallel.layout import Layout
 from parallel.mesh import World, build_mesh
 from tests.distributed import run_ranks
-from tests.meshes import CPU, Case, initial_values, rows, share_of
+from tests.meshes import CPU, Case, initial_values, sequences, share_of, whole_batch
 from tests.report import report
 from tests.wire import WireCounter
 from train.engine import Engine
@@ -26,10 +27,10 @@ FLOAT = 4
 def step(case: Case, world: World) -> tuple[dict[tuple[str, str], int], ParallelModel, Batch]:
     """What one forward and backward over the whole batch sends, every position supervised."""
     parallel = build_parallel_model(case.config, build_mesh(CPU, case.layout), CPU, initial_values(0))
-    batch = rows(case, 0)
-    batch = Batch(batch.tokens_BS, batch.tokens_BS, batch.positions_BS, batch.document_ids_BS)
+    supervised = [replace(row, labels_S=row.tokens_S) for row in sequences(case, 0)]
+    batch = collate(supervised, case.config)
     with WireCounter() as counter:
-        Engine(parallel, CrossEntropy(), CPU).forward_backward([batch], batch.tokens_BS.numel(), [(False, False)])
+        Engine(parallel, CrossEntropy(), CPU).forward_backward([batch], batch.kept.count)
     return dict(counter.sent), parallel, batch
 
 
@@ -79,11 +80,11 @@ def test_rows_of_the_per_layer_table_cross_not_the_table() -> None:
 
     def on_rank(world: World) -> tuple[int, int]:
         parallel = build_parallel_model(case.config, build_mesh(CPU, case.layout), CPU, initial_values(0))
-        batch = rows(case, world.rank)
+        batch = whole_batch(case, world.rank)
         with WireCounter() as counter:
             engine = Engine(parallel, CrossEntropy(), CPU)
-            engine.forward_backward([batch], batch.tokens_BS.numel(), [(False, False)])
-        return of_kind(counter.sent, "alltoall"), batch.tokens_BS.unique().numel()
+            engine.forward_backward([batch], batch.kept.count)
+        return of_kind(counter.sent, "alltoall"), batch.inputs.tokens_T.unique().numel()
 
     found = run_ranks(2, on_rank)
     width = case.config.num_hidden_layers * case.config.hidden_size_per_layer_input
@@ -100,10 +101,10 @@ def test_a_first_stage_never_gathers_the_token_table() -> None:
     def on_rank(world: World) -> tuple[bool, int, int, int]:
         options = Options(sequence_length=case.length)
         parallel = build_parallel_model(case.config, build_mesh(CPU, case.layout), CPU, initial_values(0), options)
-        batches = share_of(rows(case, 0), case, case.layout, world.rank)
+        batches = share_of(case, 0, case.layout, world.rank)
         with WireCounter() as counter:
-            Engine(parallel, CrossEntropy(), CPU).forward_backward(batches, 1, [(False, False)] * len(batches))
-        wanted = sum(batch.tokens_BS.unique().numel() for batch in batches)
+            Engine(parallel, CrossEntropy(), CPU).forward_backward(batches, 1)
+        wanted = sum(batch.inputs.tokens_T.unique().numel() for batch in batches)
         return (
             parallel.mesh.at["pp"] == 0,
             of_kind(counter.sent, "alltoall"),
@@ -167,9 +168,9 @@ def test_sliding_layers_send_a_window_and_full_ones_the_sequence() -> None:
     def on_rank(world: World) -> dict[tuple[str, str], int]:
         parallel = build_parallel_model(config, build_mesh(CPU, case.layout), CPU, initial_values(0))
         tokens = torch.randint(3, 100, (1, case.length), generator=torch.Generator().manual_seed(0))
-        batch = Batch(tokens, tokens, torch.arange(case.length)[None], torch.zeros_like(tokens))
+        batch = Batch.make(config, tokens, tokens, torch.arange(case.length)[None], torch.zeros_like(tokens))
         with WireCounter() as counter:
-            Engine(parallel, CrossEntropy(), CPU).forward_backward([batch], case.length, [(False, False)])
+            Engine(parallel, CrossEntropy(), CPU).forward_backward([batch], case.length)
         return dict(counter.sent)
 
     found = run_ranks(4, on_rank)

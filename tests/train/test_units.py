@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.batch import Batch
+from data.batch import IGNORE, Batch
 from model import Gemma4, Gemma4Config
+from model.inputs import make_inputs
 from model.masks import attention_mask
 from model.media_config import AudioConfig, VisionConfig
 from tests.model.multimodal import make_example
 from tests.runs import overrides, train_on
 from train.config import OptimizerConfig, ScheduleConfig
-from train.flops import batch_work, media_flops, training_flops
+from train.flops import media_flops, training_flops
 from train.metrics import Meter, step_line
 from train.optimizer import build_optimizer
 from train.schedule import learning_rate
@@ -73,8 +75,8 @@ def test_counted_operations_equal_those_of_the_matrix_products(variant: str, few
     if few:
         labels[:, :80] = -100
     ids = (torch.arange(96) // 60).expand(2, 96)
-    batch = Batch(tokens, labels, torch.zeros_like(tokens), ids)
-    supervised = batch.supervised_BS
+    batch = Batch.make(config, tokens, labels, torch.zeros_like(tokens), ids)
+    supervised = labels != IGNORE
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.logits(model(tokens, document_ids=ids, supervised=supervised))
     counted = counter.get_flop_counts()["Global"]
@@ -93,7 +95,7 @@ def test_counted_operations_equal_those_of_the_matrix_products(variant: str, few
         if i >= config.first_kv_shared_layer - 1:
             mask = mask.select(supervised.flatten().nonzero()[:, 0])
         scores += 4 * int(mask.dense().sum()) * config.num_attention_heads * layer.head_dim
-    assert training_flops(config, batch_work(config, batch)) == 3 * (products + scores)
+    assert training_flops(config, batch.inputs) == 3 * (products + scores)
 
 
 @pytest.mark.parametrize("variant", ["e4b", "12b", "31b"])
@@ -107,11 +109,13 @@ def test_counted_operations_of_encoders_equal_those_of_their_products(variant: s
     assert example.media is not None
     model = Gemma4(config)
     model.init_weights(torch.Generator().manual_seed(0))
-    x_TD = torch.zeros(example.tokens_BS.numel(), config.hidden_size)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model._scatter(x_TD, example.media)
-    counted = counter.get_flop_counts()["Global"]
-    expected = sum(n for op, n in counted.items() if op is not torch.ops.aten.bmm)
+    inputs, counted = make_inputs(config, example.tokens_BS), []
+    for media in (example.media, None):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.embed(replace(inputs, media=media))
+        operations = counter.get_flop_counts().get("Global", {})
+        counted.append(sum(n for op, n in operations.items() if op is not torch.ops.aten.bmm))
+    expected = counted[0] - counted[1]
     if isinstance(config.vision, VisionConfig):
         width = config.vision.num_attention_heads * config.vision.head_dim
         assert example.media.vision is not None
@@ -133,8 +137,8 @@ def test_released_sizes_cost_six_operations_per_active_parameter_and_token() -> 
     for name, parameters in active.items():
         config = Gemma4Config.from_name(f"gemma4_{name}")
         tokens = torch.zeros(1, 2, dtype=torch.long)
-        work = batch_work(config, Batch(tokens, tokens, tokens, tokens))
-        assert training_flops(config, work) / (6 * 2 * parameters) == pytest.approx(1.0, abs=2e-3)
+        inputs = Batch.make(config, tokens, tokens, tokens, tokens).inputs
+        assert training_flops(config, inputs) / (6 * 2 * parameters) == pytest.approx(1.0, abs=2e-3)
 
 
 def test_the_meter_counts_what_happened_between_log_points() -> None:
