@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from model.attention_kernels import attention
 from model.config import Gemma4Config, LayerConfig
+from model.linear import Linear
 from model.masks import AttentionMask
 from model.norm import RMSNorm, rms_norm
 from model.rope import RotaryTable, apply_rotary
@@ -41,19 +42,19 @@ class AttentionPlan(Protocol):
 class Attention(nn.Module):
     """Attention of one layer (docs/gemma4.md 3.1 to 3.3): only a KV producer has k_proj, and v_proj unless K = V."""
 
-    v_proj: nn.Linear | None
+    v_proj: Linear | None
     plan: AttentionPlan | None
 
     def __init__(self, config: Gemma4Config, layer: LayerConfig) -> None:
         super().__init__()
         self.head_dim, self.eps, self.plan = layer.head_dim, config.rms_norm_eps, None
         D, H, eps = config.hidden_size, layer.head_dim, config.rms_norm_eps
-        self.q_proj = nn.Linear(D, config.num_attention_heads * H, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * H, D, bias=False)
+        self.q_proj = Linear(D, config.num_attention_heads * H)
+        self.o_proj = Linear(config.num_attention_heads * H, D)
         self.q_norm = RMSNorm(H, eps)
         if not layer.is_kv_consumer:
-            self.k_proj = nn.Linear(D, layer.num_kv_heads * H, bias=False)
-            self.v_proj = None if layer.k_eq_v else nn.Linear(D, layer.num_kv_heads * H, bias=False)
+            self.k_proj = Linear(D, layer.num_kv_heads * H)
+            self.v_proj = None if layer.k_eq_v else Linear(D, layer.num_kv_heads * H)
             self.k_norm = RMSNorm(H, eps)
 
     def key_value(self, x_TD: Tensor, table: RotaryTable, mask: AttentionMask) -> KeyValue:

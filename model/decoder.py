@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from model.attention import Attention, KeyValue
 from model.config import Gemma4Config, LayerConfig, LayerType
 from model.inputs import Inputs, Kept
+from model.linear import Linear
 from model.masks import AttentionMask
 from model.mlp import MLP
 from model.moe import Experts, Router
@@ -76,8 +77,8 @@ class DecoderLayer(nn.Module):
         self.has_per_layer_input = config.hidden_size_per_layer_input > 0
         if self.has_per_layer_input:
             P = config.hidden_size_per_layer_input
-            self.per_layer_input_gate = nn.Linear(D, P, bias=False)
-            self.per_layer_projection = nn.Linear(P, D, bias=False)
+            self.per_layer_input_gate = Linear(D, P)
+            self.per_layer_projection = Linear(P, D)
             self.post_per_layer_input_norm = RMSNorm(D, eps)
 
     def forward(

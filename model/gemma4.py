@@ -94,7 +94,8 @@ class Gemma4(nn.Module):
         reach those outputs is skipped, exactly (docs/gemma4.md 7.3). media: what image, video and audio tokens stand
         for; such a token without media is embedded as padding.
         """
-        return self.run(make_inputs(self.config, tokens_BS, positions, document_ids, supervised, media))
+        inputs = make_inputs(self.config, tokens_BS, positions, document_ids, supervised, media)
+        return Gemma4.run(self, inputs)  # the bare method: hooks on this model's `run` are on its `forward` too
 
     def run(self, inputs: Inputs, kv_cache: KeyValueCache | None = None) -> Tensor:
         """Hidden states of all positions [B, S, D], or of the kept ones [t, D].

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import Gemma4Config
+from model.linear import Linear
 from model.norm import RMSNorm
 from model.precision import accumulation_dtype, upcast
 
@@ -48,7 +49,7 @@ class Router(nn.Module):
         self.top_k = config.top_k_experts
         self.root_size = config.hidden_size**-0.5
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, with_scale=False)
-        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.proj = Linear(config.hidden_size, config.num_experts)
         self.scale = nn.Parameter(torch.ones(config.hidden_size))
         self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
         self.observer = None

@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from model import Gemma4
 from model.errors import ConfigError
-from model.moe import Experts, Router, grouped_mm
+from model.linear import Linear, Product
+from model.moe import Experts, grouped_mm
 from parallel.expert import ParallelExperts
-from parallel.linear import Product, with_product
 
 GRADIENT_DTYPES = {"tensorwise": torch.float8_e5m2, "rowwise": torch.float8_e4m3fn}
 _MULTIPLE = 16
@@ -45,9 +45,8 @@ def apply_float8(model: Gemma4, recipe: str) -> str:
         return recipe
     native = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
     product = float8_product(recipe, emulate=not native)
-    for path, parent, name in list(_linears(model)):
-        linear = with_product(parent, name)
-        _check_sizes(path, linear.local_weight(), recipe)
+    for name, linear in _linears(model):
+        _check_sizes(name, linear.local_weight(), recipe)
         linear.product = product
     experts = [module for module in model.modules() if isinstance(module, Experts | ParallelExperts)]
     for module in experts:
@@ -55,14 +54,11 @@ def apply_float8(model: Gemma4, recipe: str) -> str:
     return f"{recipe}, {'scaled_mm' if native else 'emulated'}" + (", experts emulated" if experts else "")
 
 
-def _linears(model: Gemma4) -> Iterator[tuple[str, nn.Module, str]]:
-    """The decoder's linear layers: path, parent, and name in it."""
-    for path, parent in model.language_model.layers.named_modules(prefix="language_model.layers"):
-        if isinstance(parent, Router):
-            continue
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Linear):
-                yield f"{path}.{name}", parent, name
+def _linears(model: Gemma4) -> Iterator[tuple[str, Linear]]:
+    """The decoder's linear layers; a router, whose choices are final, keeps its product."""
+    for name, module in model.language_model.named_modules(prefix="language_model"):
+        if isinstance(module, Linear) and not name.endswith(".router.proj"):
+            yield name, module
 
 
 def _check_sizes(path: str, weight_NK: Tensor, recipe: str) -> None:

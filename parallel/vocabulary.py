@@ -47,14 +47,15 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = sharded_parameter(table.weight, plan.mesh, (Shard(0),))
 
     def forward(self, ids_T: Tensor) -> Tensor:
-        """Rows [T, D], or [T / tp, D], in the dtype that the table has."""
+        """Vectors [T, D], or [T / tp, D], in the dtype that the table has."""
         weight = local_part(self.weight)
-        local_T = ids_T - self.first_row
-        mine = ((local_T >= 0) & (local_T < weight.shape[0])).nonzero()[:, 0]
-        padding = self.padding_idx - self.first_row
-        rows = F.embedding(local_T[mine], weight, padding if 0 <= padding < weight.shape[0] else None)
-        out_TD = weight.new_zeros(len(ids_T), weight.shape[1]).index_copy(0, mine, rows)
-        return self.plan.reduce_scatter_tokens(out_TD)
+        mine_T, local_T = _here(ids_T - self.first_row, len(weight))
+        if len(weight):
+            padding = self.padding_idx - self.first_row
+            vectors = F.embedding(local_T, weight, padding if 0 <= padding < len(weight) else None)
+        else:  # the vocabulary ends before this rank
+            vectors = weight.new_zeros(len(ids_T), weight.shape[1]) + weight.sum()
+        return self.plan.reduce_scatter_tokens(vectors.masked_fill(~mine_T[:, None], 0.0))
 
 
 class VocabParallelHead(Head):
@@ -137,20 +138,19 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         buffers = hidden_TD.new_empty((2, min(chunk_size, hidden_TD.shape[0]), weight_VD.shape[0]), dtype=dtype)
         for start in range(0, hidden_TD.shape[0], chunk_size):
             hidden, local = hidden_TD[start : start + chunk_size], labels_T[start : start + chunk_size] - first_row
-            mine, local = _labels_here(local, weight_VD.shape[0])
             capped, exponentials = buffers[:, : hidden.shape[0]].unbind()
             capped_scores_(capped, hidden, weight_VD, softcap)
             torch.mul(capped, softcap, out=exponentials).exp_()
             parts = hidden.new_zeros((2, hidden.shape[0]), dtype=dtype)
             parts[0] = exponentials.sum(dim=1)
-            parts[1, mine] = capped[mine, local] * softcap
+            parts[1] = _labelled(capped, local) * softcap
             sums, scores = summed(parts, group)
             log_z = sums.log()
             nll += (log_z - scores).sum()
             z += log_z.square().sum()
             if gradients.wanted:
                 grad_fp32 = exponentials.mul_(((1 + 2 * z_loss * log_z) / sums)[:, None])
-                grad_fp32[mine, local] -= 1.0
+                _add_at_labels_(grad_fp32, local, grad_fp32.new_full(local.shape, -1.0))
                 gradients.add(start, hidden, capped, grad_fp32)
         gradients.save(ctx)
         ctx.mark_non_differentiable(nll, z)
@@ -177,8 +177,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
     ) -> Tensor:
         parts_2T = hidden_TD.new_zeros((2, hidden_TD.shape[0]), dtype=accumulation_dtype(hidden_TD.dtype))
         for rows, _, scores in score_chunks(hidden_TD, weight_VD, softcap, chunk_size):
-            mine, local = _labels_here(labels_T[rows] - first_row, weight_VD.shape[0])
-            parts_2T[1, rows][mine] = scores[mine, local]
+            parts_2T[1, rows] = _labelled(scores, labels_T[rows] - first_row)
             parts_2T[0, rows] = scores.exp_().sum(dim=1)
         sums_T, labelled_T = summed(parts_2T, group)
         ctx.save_for_backward(hidden_TD, weight_VD, labels_T, sums_T)
@@ -190,16 +189,32 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         hidden_TD, weight_VD, labels_T, sums_T = ctx.saved_tensors
         gradients = LossGradients(ctx, hidden_TD, weight_VD)
         for rows, capped, scores in score_chunks(hidden_TD, weight_VD, ctx.softcap, ctx.chunk_size):
-            mine, local = _labels_here(labels_T[rows] - ctx.first_row, weight_VD.shape[0])
             grad_scores = scores.exp_().mul_((-grad_T[rows] / sums_T[rows])[:, None])
-            grad_scores[mine, local] += grad_T[rows][mine]
+            _add_at_labels_(grad_scores, labels_T[rows] - ctx.first_row, grad_T[rows])
             gradients.add(rows.start, hidden_TD[rows], capped, grad_scores)
         of_weight = gradients.of_weight
         of_weight = None if of_weight is None else of_weight.to(weight_VD.dtype)
         return gradients.of_hidden, of_weight, None, None, None, None, None
 
 
-def _labels_here(local_T: Tensor, held: int) -> tuple[Tensor, Tensor]:
-    """Which tokens have a label among the rows held here, and which row that is."""
-    mine = ((local_T >= 0) & (local_T < held)).nonzero()[:, 0]
-    return mine, local_T[mine]
+def _here(local_T: Tensor, held: int) -> tuple[Tensor, Tensor]:
+    """Which of the tokens are among the `held` pieces of this rank, and for each a place there, real or not.
+
+    No number of tokens is asked for, which would make the host wait for a GPU.
+    """
+    return (local_T >= 0) & (local_T < held), local_T.clamp(0, max(held - 1, 0))
+
+
+def _labelled(scores_TV: Tensor, local_T: Tensor) -> Tensor:
+    """The score of each token's label, 0 where another rank has it."""
+    if not scores_TV.shape[1]:
+        return scores_TV.new_zeros(len(local_T))
+    mine_T, place_T = _here(local_T, scores_TV.shape[1])
+    return scores_TV.gather(1, place_T[:, None])[:, 0].masked_fill(~mine_T, 0.0)
+
+
+def _add_at_labels_(scores_TV: Tensor, local_T: Tensor, value_T: Tensor) -> None:
+    """Add a value at each token's label, where it is here."""
+    if scores_TV.shape[1]:
+        mine_T, place_T = _here(local_T, scores_TV.shape[1])
+        scores_TV.scatter_add_(1, place_T[:, None], value_T.masked_fill(~mine_T, 0.0)[:, None])

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from parallel.linear import with_product
+from model.linear import Linear
 from parallel.stage import Gemma4Stage
 
 
@@ -61,10 +61,8 @@ def defer_weight_gradients(stage: Gemma4Stage) -> WeightGradients:
     """Let the dense layers of a stage on `meta` leave their weight gradients."""
     later = WeightGradients()
     for layer in stage.layers:
-        for module in list(layer.modules()):
-            for name, linear in list(module.named_children()):
-                if isinstance(linear, nn.Linear):
-                    changed = with_product(module, name)
-                    if changed.product is F.linear:
-                        changed.product = later.product
+        for module in layer.modules():
+            if isinstance(module, Linear):
+                assert module.product is F.linear, "only the plain product can be deferred"
+                module.product = later.product
     return later

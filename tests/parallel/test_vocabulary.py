@@ -131,7 +131,7 @@ def split_look_up(dtype: torch.dtype, rows: int, plan: TensorParallel) -> LookUp
     ids, weight, factors, padding = look_up_tensors(dtype, rows)
     table = split(weight, plan, padding)
     share = table(ids)
-    (share * factors[plan.share(len(ids))]).sum().backward()
+    (share * factors[plan.my_tokens(len(ids))]).sum().backward()
     grad_share, table.weight.grad = local_of(table.weight.grad), None
     with tokens_on_every_rank(plan):
         whole = table(ids)
