@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -57,9 +58,12 @@ class Gemma4(nn.Module):
     under the names they have in the whole, and what comes before the first or after the last of all.
     """
 
+    plans: list[Callable[[Inputs], Inputs]]
+    """What becomes of a batch's inputs before `run`, in order: nothing, on one device."""
+
     def __init__(self, config: Gemma4Config, span: range | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.plans = config, []
         self.span = span or range(config.num_hidden_layers)
         self.language_model = TextDecoder(config, self.span)
         self.head = Head(config.final_logit_softcapping)
@@ -95,6 +99,8 @@ class Gemma4(nn.Module):
         for; such a token without media is embedded as padding.
         """
         inputs = make_inputs(self.config, tokens_BS, positions, document_ids, supervised, media)
+        for plan in self.plans:
+            inputs = plan(inputs)
         return Gemma4.run(self, inputs)  # the bare method: hooks on this model's `run` are on its `forward` too
 
     def run(self, inputs: Inputs, kv_cache: KeyValueCache | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from model import Gemma4, Gemma4Config
 from model.init import Fill
+from model.inputs import Inputs
 from model.precision import accumulation_dtype
 from parallel.activation_checkpoint import apply_activation_checkpoint
 from parallel.balance import RouterBalance, watch_routers
@@ -66,6 +67,11 @@ class ParallelModel:
     """How the products of dense layers are computed, for the log."""
 
     @property
+    def plans(self) -> list[Callable[[Inputs], Inputs]]:
+        """What makes this rank's inputs of a batch's, on the CPU."""
+        return (self.whole if self.pipeline is None else self.pipeline.stages[0]).plans
+
+    @property
     def whole(self) -> Gemma4:
         """The model, where it is not cut into stages."""
         assert isinstance(self.model, Gemma4)
@@ -95,6 +101,8 @@ def build_parallel_model(
                 part.get_submodule(name).requires_grad_(False)
         # Tensor parallel replaces linear layers, table and head; what comes later changes the ones it made.
         tensor = apply_tensor_parallel(part, mesh.tp, layout.sequence_parallel) if layout.tp > 1 else None
+        # Inputs are cut along the sequence first: a rank of tp then has a run of what is left.
+        part.plans = [*([context.cut] if context else []), *([tensor.deal] if tensor else [])]
         # Experts after it, since its ranks, which hold the same tokens, then share them out.
         apply_expert_parallel(part, mesh, tensor)
         routers += watch_routers(part, mesh.groups, options.balance_loss, options.router_z_loss)

@@ -99,10 +99,10 @@ class Engine:
         parallel = self.parallel
         media = media_of_all_ranks(batch.inputs.media, parallel.config, vision=vision, audio=audio)
         inputs, labels_BS = replace(batch.inputs, media=media), batch.labels_BS
+        for plan in parallel.plans:
+            inputs = plan(inputs)
         if parallel.context is not None:
-            inputs, labels_BS = parallel.context.cut(inputs), parallel.context.part(labels_BS)
-        if parallel.tensor is not None:
-            inputs = parallel.tensor.deal(inputs)
+            labels_BS = parallel.context.part(labels_BS)
         return Batch(inputs, labels_BS).to(self.device)
 
     def _add(self, sums: dict[str, Tensor], loss: Loss) -> None:
