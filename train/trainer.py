@@ -27,7 +27,7 @@ from parallel.balance import read_balance
 from parallel.mesh import World, build_mesh, compute_dtype, micro_batch_size
 from train.checkpoint import Checkpointer, read_state
 from train.config import Config
-from train.corpus import build_dataset, describe_data, prepare_corpus
+from train.corpus import prepare_data
 from train.engine import Engine
 from train.export import Origin, export
 from train.faults import StopRequest
@@ -66,15 +66,15 @@ class Trainer:
         self.checkpointer = Checkpointer(
             self.folder.checkpoints, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
         )
-        self.corpus = prepare_corpus(config, self.model_config, world, self.stop)
+        self.data = prepare_data(config, self.model_config, world, self.stop)
         checkpoint = find_checkpoint(config.run.resume, self.checkpointer)
-        self.progress = Progress.fresh(config, self.model_config, self.corpus)
+        self.progress = Progress.fresh(config, self.model_config, self.data)
         if checkpoint is not None:
             self.progress = progress_from(checkpoint, self.progress)
         self.saved_step = self.progress.step if checkpoint is not None else None
         self.trackers: list[Tracker] = []
         if world.rank == 0 and not self.complete:
-            self.folder.describe(config, self.corpus.folder / "tokenizer.json")
+            self.folder.describe(config, self.data.tokenizer_file)
             self.trackers = build_trackers(config, self.folder.path, self.progress.step)
         self.parallel = build_parallel_model(
             self.model_config,
@@ -100,7 +100,6 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.objective = OBJECTIVES[config.train.objective](config.train)
         self.engine = Engine(self.parallel, self.objective, device, config.parallel.gradient_sync)
-        self.dataset = build_dataset(config, self.model_config, self.corpus)
         if checkpoint is not None:
             newly_trained = set(read_state(checkpoint).get("frozen", ())) - set(self.frozen)
             self.checkpointer.load(checkpoint, self.model, self.optimizer, newly_trained=newly_trained)
@@ -146,7 +145,7 @@ class Trainer:
             self.layout.data_rank(self.world.rank),
             self.layout.dp,
         )
-        batches = load_batches(self.dataset, sampler, config.data.workers, self.model_config)
+        batches = load_batches(self.data.dataset, sampler, config.data.workers, self.model_config)
         meter.started = time.perf_counter()
         while not self.complete and self._step(batches, sampler.accumulation, meter):
             paused, step = time.perf_counter(), self.progress.step
@@ -242,7 +241,7 @@ class Trainer:
         config = self.config
         samples = write_samples(
             self.parallel,
-            self.corpus.tokenizer,
+            self.data.tokenizer,
             config.train.sample_prompts,
             config.train.sample_tokens,
             device=self.device,
@@ -333,7 +332,7 @@ class Trainer:
         accumulation = config.train.global_batch_size // (self.micro_batch_size * self.layout.dp)
         log.info(
             "data: %s | %d sequences of %d a step, %d x %d a rank",
-            describe_data(self.corpus, self.dataset),
+            self.data,
             config.train.global_batch_size,
             config.data.sequence_length,
             accumulation,
