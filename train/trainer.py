@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,8 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.batch import Batch
-from data.loader import StepSampler, load_batches
+from data.loader import BatchLoader, StepSampler
 from model import Gemma4, Gemma4Config, UserError
 from model.attention_kernels import kernel_for
 from model.hf_format import Weights
@@ -145,7 +143,7 @@ class Trainer:
             self.layout.data_rank(self.world.rank),
             self.layout.dp,
         )
-        batches = load_batches(self.data.dataset, sampler, config.data.workers, self.model_config)
+        batches = BatchLoader(self.data.dataset, sampler, config.data.workers, self.model_config)
         meter.started = time.perf_counter()
         while not self.complete and self._step(batches, sampler.accumulation, meter):
             paused, step = time.perf_counter(), self.progress.step
@@ -162,7 +160,7 @@ class Trainer:
             self._export()
         self._finish()
 
-    def _step(self, batches: Iterator[Batch], accumulation: int, meter: Meter) -> bool:
+    def _step(self, batches: BatchLoader, accumulation: int, meter: Meter) -> bool:
         """One optimizer step; False, with the weights as they were, if any rank was asked to stop."""
         config = self.config
         waited = time.perf_counter()
@@ -212,7 +210,7 @@ class Trainer:
             self.progress,
             step=self.progress.step + 1,
             tokens_seen=self.progress.tokens_seen + tokens,
-            sequences_seen=self.progress.sequences_seen + config.train.global_batch_size,
+            sequences_seen=batches.sequences_seen,
         )
         meter.add(tokens, flops, waited)
         if self.progress.step % config.train.log_every == 0 or self.progress.step in (1, config.train.steps):
