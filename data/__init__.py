@@ -1,1 +1,1 @@
-"""Text into batches: sources, tokenizer, memory-mapped shards, packing, loading."""
+"""Files made into batches: a folder for each of corpora, conversations and media; tokenizer and loading beside them."""

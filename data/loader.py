@@ -1,23 +1,29 @@
 """Micro-batches of one data-parallel rank, in front of an index-addressed dataset.
 
-The whole data state is one integer, the number of sequences seen: the next G make up the next
-step, dealt to ranks and micro-batches by index, so any mesh may go on from any point.
+The whole data state is one integer, the number of sequences seen: the next G make up the next step, dealt to ranks and
+micro-batches by index, so any mesh may go on from any point. It is what the sampler adds to the loader's state; the
+rest of that is about this rank and its workers.
 """
 
 from __future__ import annotations
 
 import signal
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from torch.utils.data import Dataset, Sampler
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader import Stateful, StatefulDataLoader
 
 from data.batch import Batch, Row, collate
 from model import Gemma4Config, UserError
 
 
-class StepSampler(Sampler[list[int]]):
-    """Index lists of this rank's micro-batches for `steps` steps, from sequence `first_sequence` on."""
+class StepSampler(Sampler[list[int]], Stateful):
+    """Index lists of this rank's micro-batches for `steps` steps, from sequence `first_sequence` on.
+
+    Its state is how many sequences the steps took whose micro-batches were all handed out, over all ranks.
+    """
 
     def __init__(
         self,
@@ -28,7 +34,7 @@ class StepSampler(Sampler[list[int]]):
         rank: int,
         num_ranks: int,
     ) -> None:
-        self.first_sequence, self.steps = first_sequence, steps
+        self.sequences_seen, self.end = first_sequence, first_sequence + steps * global_batch_size
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.num_ranks = rank, num_ranks
 
@@ -37,34 +43,57 @@ class StepSampler(Sampler[list[int]]):
         return self.global_batch_size // (self.micro_batch_size * self.num_ranks)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.steps):
+        while (first := self.sequences_seen) < self.end:
             for micro in range(self.accumulation):
-                start = self.first_sequence + step * self.global_batch_size
-                start += (micro * self.num_ranks + self.rank) * self.micro_batch_size
+                start = first + (micro * self.num_ranks + self.rank) * self.micro_batch_size
+                if micro == self.accumulation - 1:
+                    self.sequences_seen = first + self.global_batch_size
                 yield list(range(start, start + self.micro_batch_size))
 
-    def __len__(self) -> int:
-        return self.steps * self.accumulation
+    def state_dict(self) -> dict[str, Any]:
+        return {"sequences_seen": self.sequences_seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.sequences_seen = state_dict["sequences_seen"]
 
 
-def load_batches(dataset: Dataset[Row], sampler: StepSampler, workers: int, config: Gemma4Config) -> Iterator[Batch]:
+class BatchLoader(Iterator[Batch]):
     """Batches of a rank's micro-batches in order, made by `workers` processes (0: by this one).
 
     A mistake of the user's in a row (a media file that is gone) is raised here as it was there.
     """
-    loader = StatefulDataLoader(
-        _Batches(dataset, config),
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_ignore_stop_signals,
-        snapshot_every_n_steps=1 << 30,  # the state is the sequence number, which the trainer keeps
-    )
-    for batch in loader:
+
+    def __init__(self, dataset: Dataset[Row], sampler: StepSampler, workers: int, config: Gemma4Config) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*set_vital.*")  # torchdata calls what torch deprecates
+            self._loader = StatefulDataLoader(
+                _Batches(dataset, config),
+                batch_sampler=sampler,
+                num_workers=workers,
+                collate_fn=_as_it_is,
+                prefetch_factor=4 if workers else None,
+                worker_init_fn=_ignore_stop_signals,
+            )
+        self._batches = iter(self._loader)
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
         if isinstance(batch, UserError):
             raise batch
-        yield batch
+        return batch
+
+    @property
+    def sequences_seen(self) -> int:
+        """How many sequences the steps took whose batches were all taken from here; what is fetched ahead is not."""
+        return _find("sequences_seen", self._loader.state_dict())
+
+
+def _find(key: str, state: Any) -> Any:
+    """What the sampler says of itself in a loader's state, which has another form for each number of workers."""
+    if not isinstance(state, dict):
+        return None
+    found = (_find(key, inner) for inner in state.values())
+    return state[key] if key in state else next((value for value in found if value is not None), None)
 
 
 class _Batches(Dataset[Batch]):

@@ -29,25 +29,31 @@ def parse(schema: type[T], arguments: list[str]) -> T:
             values.setdefault(key, []).append(text)
         else:
             values[key] = _convert(key, text, hints[key])
-    for field in dataclasses.fields(schema):  # type: ignore[arg-type]
-        given = field.name in values
-        if not given and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise UserError(f"{field.name}=... is missing; --help shows an example.")
+    missing = [name for name in _required(schema) if name not in values]
+    if missing:
+        raise UserError(f"{missing[0]}=... is missing; --help shows an example.")
     return schema(**values)
 
 
 def run(schema: type[T], command: Callable[[T], None], doc: str | None) -> None:
     """Parse the command line, run, and turn a mistake into one line and exit status 1."""
     arguments = sys.argv[1:]
-    if not arguments or {"-h", "--help"}.intersection(arguments):
+    asked = {"-h", "--help"}.intersection(arguments)
+    if asked or (not arguments and _required(schema)):
         print((doc or "").strip())
-        sys.exit(0 if arguments else 1)
+        sys.exit(0 if asked else 1)
     try:
         command(parse(schema, arguments))
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: {error}; mend it and run again.")
+
+
+def _required(schema: type[Any]) -> list[str]:
+    """Fields without a default."""
+    missing = dataclasses.MISSING
+    return [f.name for f in dataclasses.fields(schema) if f.default is missing and f.default_factory is missing]
 
 
 def _convert(key: str, text: str, hint: Any) -> Any:

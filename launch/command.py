@@ -24,8 +24,8 @@ COMMANDS = {
     "generate": Command("launch.generate", "Write text with such a folder.", 'weights=my-gemma prompt="Hello"'),
     "variants": Command("launch.variants", "List models, their sizes and parameters.", "e4b 31b"),
     "benchmark": Command("launch.benchmark", "Measure a kernel or a step beside the plain one.", "attention"),
-    "prepare": Command("data.prepare", "Tokenise texts once and keep the result.", "--source texts"),
-    "show": Command("data.show", "Print conversations with what is learned in colour.", "chats.jsonl"),
+    "prepare": Command("launch.prepare", "Tokenise texts once and keep the result.", "source=texts"),
+    "show": Command("launch.show", "Print conversations with what is learned in colour.", "file=chats.jsonl"),
 }
 
 

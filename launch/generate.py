@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from tokenizers.decoders import DecodeStream
 
-from data.chat import render
-from data.chat_media import check_media_tokens, media_processor
-from data.chat_template import template_size
-from data.conversation import encode
-from data.media import MediaItem
+from data.chat.encode import encode
+from data.chat.render import render
+from data.chat.template import template_size
+from data.media.files import check_media_tokens, media_processor
+from data.media.process import MediaItem
 from data.tokenizer import BOS, STOPS
 from launch.arguments import run
 from model import Gemma4, UserError

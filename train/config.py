@@ -86,9 +86,19 @@ class TrainConfig:
 
 
 @dataclass
+class SourceConfig:
+    path: str = ""
+    weight: float = 1.0
+    format: str | None = None
+    """none is data.format."""
+
+
+@dataclass
 class DataConfig:
     source: str = "python_stdlib"
     """python_stdlib | a file, folder or glob of text or .jsonl files"""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Instead of data.source, several: {path: ..., weight: ..., format: ...}, mixed by weight, sequence by sequence."""
     format: str = "text"
     """text | chat (.jsonl lines {"messages": [...]} of conversations, with their media)"""
     thinking: bool = False

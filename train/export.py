@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from data.chat_template import chat_template, template_size
+from data.chat.template import chat_template, template_size
 from data.tokenizer import STOPS
 from model import Gemma4Config, UserError
 from model.hf_config import config_to_hf

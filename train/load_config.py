@@ -23,12 +23,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import configs
+from data.corpus.mixture import whole_parts
 from model import ConfigError, Gemma4Config
 from model.errors import nearest
 from parallel.cut import SCHEDULES, check_pipeline
 from parallel.layout import Layout
 from parallel.mesh import DEVICES, DTYPES, micro_batch_size
-from train.config import ENCODERS, EXPORT_DTYPES, Config, ModelConfig
+from train.config import ENCODERS, EXPORT_DTYPES, Config, DataConfig, ModelConfig, SourceConfig
 from train.objective import OBJECTIVES
 
 CONFIG_FOLDER = Path(configs.__file__).parent
@@ -159,8 +160,10 @@ def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(cause).splitlines()]
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
     message = lines[0].rstrip(".")
+    if unknown := re.match(r"Key '(.*)' not in 'SourceConfig'", message):
+        return f"data.sources has no key {unknown[1]}; nearest: {nearest(unknown[1], get_type_hints(SourceConfig))}."
     if re.match(r"Value .* (could not be converted|is not a valid)", message):
-        expected = dict(_leaves(Config)).get(key)
+        expected = dict([*_leaves(SourceConfig), *_leaves(Config)]).get(key)
         value = re.search(r"'(.*?)'", message)
         return f"{key}={value[1] if value else '?'} has the wrong type; {key} is {_type_name(expected)}."
     return f"{key}: {message}." if key else f"{message}."
@@ -190,6 +193,7 @@ def _validate(config: Config) -> None:
     for key, least in _AT_LEAST.items():
         if (get(config, key) if get(config, key) is not None else least) < least:
             raise ConfigError(f"{key}={get(config, key)} is too small; smallest legal: {least}.")
+    _check_sources(config.data)
     model, schedule, steps = config.gemma4(), config.schedule, config.train.steps
     if config.weights is not None:
         _check_variant(config)
@@ -234,6 +238,21 @@ def _validate(config: Config) -> None:
             f"data.tokenizer_vocab_size={config.data.tokenizer_vocab_size} exceeds model.vocab_size; "
             f"largest legal: {model.vocab_size}."
         )
+
+
+def _check_sources(data: DataConfig) -> None:
+    if data.sources and data.source != DataConfig().source:
+        raise ConfigError("data.source and data.sources exclude each other; leave one out.")
+    for i, source in enumerate(data.sources):
+        if not source.path:
+            raise ConfigError(
+                f"data.sources[{i}] has no path; name a file, folder or glob, as in {{path: texts, weight: 2}}."
+            )
+        if source.format not in (None, *CHOICES["data.format"]):
+            near = nearest(str(source.format), CHOICES["data.format"])
+            raise ConfigError(f"data.sources[{i}].format={source.format} does not exist; nearest: {near}.")
+    if data.sources:
+        whole_parts([source.weight for source in data.sources])
 
 
 def _check_variant(config: Config) -> None:

@@ -26,7 +26,6 @@ import os
 import signal
 import time
 import traceback
-import warnings
 from typing import NoReturn
 
 import torch
@@ -60,7 +59,6 @@ def main(arguments: list[str] | None = None) -> int:
     if {"-h", "--help"}.intersection(overrides):
         print(__doc__)
         return 0
-    warnings.filterwarnings("ignore", message=".*set_vital.*")  # torchdata calls what torch deprecates
     world = World.from_environment()
     logging.basicConfig(
         level=logging.INFO if world.rank == 0 else logging.ERROR, format="%(message)s", stream=sys.stdout

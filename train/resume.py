@@ -8,7 +8,7 @@ import logging
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from data.prepare import Corpus
+from data.corpus.open import Data
 from model import ConfigError, Gemma4Config
 from train.checkpoint import Checkpointer, read_state
 from train.config import Config
@@ -30,10 +30,10 @@ class Progress:
     """Modules without optimizer state."""
 
     @classmethod
-    def fresh(cls, config: Config, model: Gemma4Config, corpus: Corpus) -> Progress:
-        tokenizer = hashlib.sha256((corpus.folder / "tokenizer.json").read_bytes()).hexdigest()
+    def fresh(cls, config: Config, model: Gemma4Config, opened: Data) -> Progress:
+        tokenizer = hashlib.sha256(opened.tokenizer_file.read_bytes()).hexdigest()
         data = {
-            "corpus": corpus.folder.name,
+            "corpus": opened.name,
             "tokenizer": tokenizer,
             "sequence_length": config.data.sequence_length,
             "seed": config.run.seed,

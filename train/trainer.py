@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,8 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.batch import Batch
-from data.loader import StepSampler, load_batches
+from data.loader import BatchLoader, StepSampler
 from model import Gemma4, Gemma4Config, UserError
 from model.attention_kernels import kernel_for
 from model.hf_format import Weights
@@ -27,7 +25,7 @@ from parallel.balance import read_balance
 from parallel.mesh import World, build_mesh, compute_dtype, micro_batch_size
 from train.checkpoint import Checkpointer, read_state
 from train.config import Config
-from train.corpus import build_dataset, describe_data, prepare_corpus
+from train.corpus import prepare_data
 from train.engine import Engine
 from train.export import Origin, export
 from train.faults import StopRequest
@@ -66,15 +64,15 @@ class Trainer:
         self.checkpointer = Checkpointer(
             self.folder.checkpoints, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
         )
-        self.corpus = prepare_corpus(config, self.model_config, world, self.stop)
+        self.data = prepare_data(config, self.model_config, world, self.stop)
         checkpoint = find_checkpoint(config.run.resume, self.checkpointer)
-        self.progress = Progress.fresh(config, self.model_config, self.corpus)
+        self.progress = Progress.fresh(config, self.model_config, self.data)
         if checkpoint is not None:
             self.progress = progress_from(checkpoint, self.progress)
         self.saved_step = self.progress.step if checkpoint is not None else None
         self.trackers: list[Tracker] = []
         if world.rank == 0 and not self.complete:
-            self.folder.describe(config, self.corpus.folder / "tokenizer.json")
+            self.folder.describe(config, self.data.tokenizer_file)
             self.trackers = build_trackers(config, self.folder.path, self.progress.step)
         self.parallel = build_parallel_model(
             self.model_config,
@@ -100,7 +98,6 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.objective = OBJECTIVES[config.train.objective](config.train)
         self.engine = Engine(self.parallel, self.objective, device, config.parallel.gradient_sync)
-        self.dataset = build_dataset(config, self.model_config, self.corpus)
         if checkpoint is not None:
             newly_trained = set(read_state(checkpoint).get("frozen", ())) - set(self.frozen)
             self.checkpointer.load(checkpoint, self.model, self.optimizer, newly_trained=newly_trained)
@@ -146,7 +143,7 @@ class Trainer:
             self.layout.data_rank(self.world.rank),
             self.layout.dp,
         )
-        batches = load_batches(self.dataset, sampler, config.data.workers, self.model_config)
+        batches = BatchLoader(self.data.dataset, sampler, config.data.workers, self.model_config)
         meter.started = time.perf_counter()
         while not self.complete and self._step(batches, sampler.accumulation, meter):
             paused, step = time.perf_counter(), self.progress.step
@@ -163,7 +160,7 @@ class Trainer:
             self._export()
         self._finish()
 
-    def _step(self, batches: Iterator[Batch], accumulation: int, meter: Meter) -> bool:
+    def _step(self, batches: BatchLoader, accumulation: int, meter: Meter) -> bool:
         """One optimizer step; False, with the weights as they were, if any rank was asked to stop."""
         config = self.config
         waited = time.perf_counter()
@@ -213,7 +210,7 @@ class Trainer:
             self.progress,
             step=self.progress.step + 1,
             tokens_seen=self.progress.tokens_seen + tokens,
-            sequences_seen=self.progress.sequences_seen + config.train.global_batch_size,
+            sequences_seen=batches.sequences_seen,
         )
         meter.add(tokens, flops, waited)
         if self.progress.step % config.train.log_every == 0 or self.progress.step in (1, config.train.steps):
@@ -242,7 +239,7 @@ class Trainer:
         config = self.config
         samples = write_samples(
             self.parallel,
-            self.corpus.tokenizer,
+            self.data.tokenizer,
             config.train.sample_prompts,
             config.train.sample_tokens,
             device=self.device,
@@ -333,7 +330,7 @@ class Trainer:
         accumulation = config.train.global_batch_size // (self.micro_batch_size * self.layout.dp)
         log.info(
             "data: %s | %d sequences of %d a step, %d x %d a rank",
-            describe_data(self.corpus, self.dataset),
+            self.data,
             config.train.global_batch_size,
             config.data.sequence_length,
             accumulation,

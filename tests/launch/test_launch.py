@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer
 
-from data.chat import render
-from data.chat_template import chat_template
-from data.conversation import encode
+from data.chat.encode import encode
+from data.chat.render import render
+from data.chat.template import chat_template
 from data.tokenizer import train_tokenizer
 from launch.arguments import parse
 from launch.generate import Options, generate

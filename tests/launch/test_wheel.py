@@ -62,7 +62,9 @@ def test_a_wheel_trains_outside_the_checkout_and_leaves_torchrun_alone(tmp_path:
     torchrun, before = (commands / "torchrun").read_bytes(), {path.name for path in commands.iterdir()}
     built = wheel(tmp_path)
     pip("install", "--quiet", "--no-index", "--no-deps", built)
-    top = {name.partition("/")[0] for name in zipfile.ZipFile(built).namelist()}
+    names = zipfile.ZipFile(built).namelist()
+    top = {name.partition("/")[0] for name in names}
+    assert {"data/chat/gemma4.jinja", "data/corpus/open.py", "data/media/read.py"} <= {*names}
     (info,) = (name for name in top if name.endswith(".dist-info"))
     assert top == {*PACKAGES, info}
     record = (site / info / "RECORD").read_text().splitlines()

@@ -13,7 +13,7 @@ import torch
 
 from model.hub import load_model
 from tests.compare import hold
-from tests.data.chat_files import CONFIGS, TOKENIZER, chat, model, text, user, write, write_media
+from tests.data.chat.files import CONFIGS, TOKENIZER, chat, model, text, user, write, write_media
 from tests.model.multimodal import save_reference, whole_reference
 from tests.report import report
 from tests.runs import losses, train_on

@@ -34,6 +34,15 @@ def test_overrides_win_over_the_variant() -> None:
     assert config.gemma4().hidden_size == 5376
 
 
+def test_sources_are_mixed_or_one() -> None:
+    both = "data.sources=[{path: books/*.txt, weight: 3}, {path: chats.jsonl, format: chat}]"
+    books, chats = load_config([both]).data.sources
+    assert (books.path, books.weight, books.format) == ("books/*.txt", 3.0, None)
+    assert (chats.path, chats.weight, chats.format) == ("chats.jsonl", 1.0, "chat")
+    with pytest.raises(ConfigError, match=r"data\.source and data\.sources exclude each other; leave one out"):
+        load_config([both, "data.source=texts"])
+
+
 BAD = [
     ("train.stepz=3", "train.stepz is no config key; nearest: train.steps."),
     ("+train.stepz=3", "train.stepz is no config key; nearest: train.steps."),
@@ -61,6 +70,12 @@ BAD = [
     ("train.sample_prompts=[]", "set train.sample_every=0."),
     ("model.sliding_window_pattern=0", "must be at least 1."),
     ("model.pad_token_id=9000", "lies outside vocab_size=8192."),
+    ("data.sources=[{path: a, wieght: 3}]", "data.sources has no key wieght; nearest: weight."),
+    ("data.sources=[{path: a, weight: x}]", "weight=x has the wrong type; weight is a number."),
+    ("data.sources=[{path: a, weight: 1}, {path: b, weight: 0}]", "a weight of 0.0; give a number above 0."),
+    ("data.sources=[{path: a}, {weight: 2}]", "data.sources[1] has no path; name a file"),
+    ("data.sources=[{path: a, format: chta}]", "data.sources[0].format=chta does not exist; nearest: chat."),
+    ("data.sources=a", "data.sources: "),
     ("nonsense", "is not KEY=VALUE"),
     ("~train.steps", "a run takes plain KEY=VALUE."),
     ("train.steps=1,2", "a run takes plain KEY=VALUE."),

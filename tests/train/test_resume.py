@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -93,6 +95,24 @@ def test_a_killed_run_goes_on(killed: Path, ranks: int) -> None:
         assert found == expected, "the same layout goes on bit for bit"
         whole = torch.load(killed / "parameters.pt")
         assert all(torch.equal(parameters[name], whole[name]) for name in whole)
+    hold("killed and resumed on other ranks, float64: loss", error, 1e-10)
+
+
+def test_a_mixture_goes_on_on_another_mesh(tmp_path: Path) -> None:
+    more = tmp_path / "more"
+    more.mkdir()
+    (more / "zoo.jsonl").write_text("".join(json.dumps({"text": "zebra quagga " * n}) + "\n" for n in range(1, 30)))
+    one = overrides(tmp_path, "train.steps=8", "checkpoint.every=4", "run.dtype=float64", run="whole")
+    mixed = [text for text in one if not text.startswith("data.source=")]
+    mixed.append(f"data.sources=[{{path: {tmp_path / 'corpus.jsonl'}, weight: 3}}, {{path: {more}}}]")
+    train_on(1, mixed)
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step_00000008")
+    train_on(2, [*mixed, f"run.dir={tmp_path / 'resumed'}", "data.workers=1", "train.micro_batch_size=2"])
+    expected, found = losses(tmp_path / "whole"), losses(tmp_path / "resumed")
+    state = json.loads((tmp_path / "resumed" / "checkpoints" / "step_00000008" / "state.json").read_text())
+    assert state["sequences_seen"] == 64 and re.fullmatch(r"3 x \w{20} \+ 1 x \w{20}", state["data"]["corpus"])
+    error = max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
     hold("killed and resumed on other ranks, float64: loss", error, 1e-10)
 
 

@@ -162,7 +162,7 @@ def mistyped_job(folder: Path) -> None:
 def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder = Path(sys.argv[1]).resolve()
-    subprocess.run([BIN / "python", "-m", "data.prepare"], cwd=ROOT, check=True)
+    subprocess.run([BIN / "python", "-m", "launch.prepare"], cwd=ROOT, check=True)
     pace = statistics.median(record["step_seconds"] for record in torchrun(folder / "pace", 10)[1:])
     steps = max(20, math.ceil(TRAINING_SECONDS / pace))
     print(f"a step takes {pace:.2f} s here: {steps} steps", flush=True)

@@ -1,0 +1,41 @@
+"""Tokenise a source of texts once and keep the result, where runs on the same files find it.
+
+    python -m launch.prepare                      # Python's own library, with a tokenizer trained on it
+    python -m launch.prepare source=~/texts tokenizer=tokenizer.json
+
+source is python_stdlib, a file, a folder or a glob. Without a tokenizer, one of vocab_size=8192 pieces is trained.
+cache names another place than ~/.cache/gemwright for the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.corpus.prepare import prepare
+from data.corpus.sources import PYTHON_STDLIB
+from data.corpus.text import TextFormat
+from launch.arguments import run
+
+
+@dataclass
+class Options:
+    source: str = PYTHON_STDLIB
+    tokenizer: str | None = None
+    vocab_size: int = 8192
+    cache: str | None = None
+
+
+def prepare_texts(options: Options) -> None:
+    tokenizer = Path(options.tokenizer) if options.tokenizer else None
+    cache = Path(options.cache) if options.cache else None
+    corpus = prepare(options.source, TextFormat(tokenizer, options.vocab_size), cache)
+    print(f"{corpus.folder}: {corpus.shard.num_documents} documents, {len(corpus.shard.tokens)} tokens")
+
+
+def main() -> None:
+    run(Options, prepare_texts, __doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Conversations made into documents once; numbers are exact."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import data.chat.documents
+from data.batch import IGNORE
+from data.chat.documents import runs
+from data.chat.encode import encode, encode_text, truncate
+from data.chat.render import render
+from data.corpus.dataset import PackedDataset
+from data.corpus.shards import Counts
+from data.media.files import MediaFile, media_processor
+from data.tokenizer import train_tokenizer
+from model import UserError
+from tests.data.chat.files import (
+    E4B,
+    LENGTH,
+    TEXT_ONLY,
+    TOKENIZER,
+    chat,
+    make,
+    model,
+    model_config,
+    prepared,
+    text,
+    user,
+    write_media,
+)
+
+
+def test_tokens_and_labels_are_those_of_the_rendered_text(tmp_path: Path) -> None:
+    lines = [chat(user(), model(), user(), model("A bird.", reasoning="It sings.")), {"text": "A song."}]
+    corpus = make(tmp_path, [*lines, chat(user(), model("A film."), enable_thinking=True)])
+    wanted = [
+        encode(render(lines[0]["messages"]), TOKENIZER),
+        encode_text("A song.", TOKENIZER),
+        encode(render([user(), model("A film.")], enable_thinking=True), TOKENIZER),
+    ]
+    dataset = PackedDataset(corpus, LENGTH, 0, TEXT_ONLY)
+    row, order = dataset[0], [piece.document for piece in dataset.pieces(0)]
+    assert row.tokens_S[row.document_ids_S < 3].tolist() == [token for i in order for token in wanted[i].ids]
+    learned = ["A cat.<turn|><|channel>thought\nIt sings.\n<channel|>A bird.<turn|>", "A song.<eos>", "A film.<turn|>"]
+    for number, i in enumerate(order):
+        labels = row.labels_S[row.document_ids_S == number]
+        assert TOKENIZER.decode(labels[labels != IGNORE].tolist(), skip_special_tokens=False) == learned[i]
+        assert corpus.shard.document(i).supervised == runs(wanted[i].supervised)
+    thinking = make(tmp_path, lines, thinking=True)
+    assert "<|think|>" in TOKENIZER.decode(thinking.shard.document(0).ids.tolist(), skip_special_tokens=False)
+
+
+def test_long_ones_are_cut_and_those_without_a_label_left_out(tmp_path: Path) -> None:
+    files = write_media(tmp_path)
+    image = {"type": "image", "path": "cat.png"}
+    long = chat(user(image, text("What?")), model(), user(image, text("And?" * 30)), model("A bird."))
+    lines = [
+        long,
+        chat(user(), model()),
+        chat(user(text("a song " * 100)), model()),
+        chat(user()),
+        chat(user(), model("A song.")),
+        {"text": "film " * 200},
+    ]
+    corpus = make(files, lines, E4B, sequence_length=110)
+    assert corpus.shard.counts == Counts(kept=4, cut=2, too_long=1, unsupervised=1)
+    assert json.loads((corpus.folder / "meta.json").read_text())["counts"]["too_long"] == 1
+    assert str(corpus.shard.counts) == "2 cut; left out: 1 too long, 1 with nothing supervised"
+    items = [media_processor(E4B).image(files / "cat.png")] * 2
+    whole = encode(render(long["messages"]), TOKENIZER, items)
+    cut = corpus.shard.document(0)
+    assert cut.ids.tolist() == truncate(whole, 110).ids and len(whole.ids) > 110 > len(cut.ids)
+    assert cut.media == [MediaFile("image", str(files / "cat.png"), *whole.media[0], items[0].num_tokens, 1)]
+    assert corpus.shard.lengths.max() == 110
+    dataset = PackedDataset(corpus, 110, 0, E4B)
+    assert sum(len(dataset[i].images) for i in range(dataset.sequences_per_epoch)) == 1
+
+
+def test_something_must_remain(tmp_path: Path) -> None:
+    for lines, found in (
+        ([], "0 with nothing"),
+        ([chat(user())] * 2, "2 with nothing"),
+        ([chat(user(), model())], "1"),
+    ):
+        with pytest.raises(UserError, match=f"leaves nothing to train on .*{found}") as raised:
+            make(tmp_path, lines, sequence_length=8)
+        assert "\n" not in str(raised.value) and not list((tmp_path / "cache" / "corpora").iterdir())
+    with pytest.raises(UserError, match="names no conversations"):
+        prepared(tmp_path, TEXT_ONLY, source=tmp_path / "tokenizer.json")
+
+
+def test_conversations_are_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = make(tmp_path, [chat(user(), model())])
+    calls: list[object] = []
+    monkeypatch.setattr(data.chat.documents, "encode", lambda *given: calls.append(given) or encode(*given))
+    assert prepared(tmp_path, TEXT_ONLY).folder == first.folder and not calls
+    train_tokenizer(["another " * 20], 400).save(str(tmp_path / "other.json"))
+    ways: list[dict[str, Any]] = [{"thinking": True}, {"sequence_length": 500}, {"tokenizer": tmp_path / "other.json"}]
+    found = {first.folder, *(prepared(tmp_path, TEXT_ONLY, **way).folder for way in ways)}
+    seeing = model_config("gemma4_tiny_31b", soft_tokens=280)  # as many as a processor takes by itself
+    large = TEXT_ONLY.replace(hidden_size_per_layer_input=0)  # the other chat template
+    found |= {prepared(tmp_path, config).folder for config in (E4B, E4B.replace(audio=None), seeing, large)}
+    assert len(found) == len(calls) + 1 == 8 and not list((tmp_path / "cache" / "corpora").glob(".making-*"))
+    (tmp_path / "chats.jsonl").write_text((tmp_path / "chats.jsonl").read_text() + "\n")
+    changed = prepared(tmp_path, TEXT_ONLY).folder
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "chats.jsonl").symlink_to(tmp_path / "chats.jsonl")
+    linked = prepared(tmp_path, TEXT_ONLY, source=tmp_path / "linked").folder
+    assert len({*found, changed, linked}) == 10, "media lie beside the link"

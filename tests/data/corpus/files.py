@@ -1,0 +1,13 @@
+"""A corpus of texts, prepared without a tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data.corpus.prepare import Corpus, prepare
+from data.corpus.text import TextFormat
+from tests.runs import make_corpus
+
+
+def texts(folder: Path, source: Path | None = None, vocab_size: int = 400) -> Corpus:
+    return prepare(str(source or make_corpus(folder)), TextFormat(None, vocab_size), folder / "cache")

@@ -1,0 +1,80 @@
+"""Sequences of several sources, each in its own order and in its share."""
+
+from __future__ import annotations
+
+from itertools import combinations_with_replacement
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from data.corpus.mixture import Mixture, whole_parts
+from data.corpus.open import Settings, Source, open_data
+from model import ConfigError
+from tests.data.chat.files import TEXT_ONLY, TOKENIZER, chat, model, user, write
+from tests.runs import make_corpus
+
+
+class Numbers(Dataset[Any]):
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def test_shares_of_any_first_sequences_are_within_one_of_the_weights() -> None:
+    sets = [parts for count in (1, 2, 3, 4) for parts in combinations_with_replacement(range(1, 10), count)]
+    worst = 0.0
+    for parts in [*sets, (1, 1, 6, 6, 6), (1,) * 30 + (70,), (97, 1, 1, 1), (1, 3, 11, 31, 89)]:
+        mixture = Mixture([Numbers()] * len(parts), parts)
+        total, counts = sum(parts), [0] * len(parts)
+        for index in range(2 * total):
+            source, earlier = mixture.locate(index)
+            assert earlier == counts[source], "the sequences of a source come in order, and none is left out"
+            counts[source] += 1
+            off = [abs(count - (index + 1) * part / total) for count, part in zip(counts, parts, strict=True)]
+            worst = max(worst, *off)
+        assert counts == [2 * part for part in parts]
+    assert 0.9 < worst < 1
+
+
+def test_weights_are_the_decimals_they_print_as() -> None:
+    assert whole_parts([0.7, 0.3]) == [7, 3] and whole_parts([3, 1.5]) == [2, 1] and whole_parts([0.1] * 3) == [1] * 3
+    mixture = Mixture([Numbers(), Numbers()], [0.75, 0.25])
+    assert [mixture.locate(i)[0] for i in range(8)] == [0, 0, 0, 1, 0, 0, 0, 1]
+    assert mixture.locate(4_000_000_003) == (1, 1_000_000_000) and mixture[4_000_000_002] == 3_000_000_002
+    for weights, message in (
+        ([1, 0.0], "weight of 0.0; give a number above 0"),
+        ([1, -2], "weight of -2;"),
+        ([1, float("nan")], "weight of nan;"),
+        ([1, float("inf")], "weight of inf;"),
+        ([0.1234567, 1], "only after 11,234,567 sequences; give rounder ones"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            whole_parts(weights)
+
+
+def test_each_source_is_what_it_is_alone(tmp_path: Path) -> None:
+    write(tmp_path, [chat(user(), model("A cat. " * (1 + number % 9))) for number in range(30)])
+    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
+    settings = Settings(TEXT_ONLY, 64, 3, tmp_path / "tokenizer.json", cache=tmp_path / "cache")
+    texts, chats = Source(str(make_corpus(tmp_path)), 3, "text"), Source(str(tmp_path / "chats.jsonl"), 1, "chat")
+    alone = [open_data([source], settings).dataset for source in (texts, chats)]
+    mixed = open_data([texts, chats], settings)
+    assert mixed.name == "3 x {} + 1 x {}".format(*(corpus.folder.name for corpus in mixed.corpora))
+    assert str(mixed).startswith("120 documents, ") and " + 30 documents, " in str(mixed)
+    for index in range(4 * 3 * mixed.datasets[1].sequences_per_epoch):
+        source = index % 4 // 3
+        number = index // 4 if source else 3 * (index // 4) + index % 4
+        found, wanted = mixed.dataset[index], alone[source][number]
+        assert torch.equal(found.tokens_S, wanted.tokens_S) and torch.equal(found.labels_S, wanted.labels_S)
+    assert number == 3 * mixed.datasets[1].sequences_per_epoch - 1, "three epochs of the rarer source"
+
+
+def test_the_first_source_trains_the_tokenizer_of_all(tmp_path: Path) -> None:
+    texts = str(make_corpus(tmp_path))
+    (tmp_path / "b.txt").write_text("zebra quagga " * 40)
+    settings = Settings(TEXT_ONLY, 64, 3, vocab_size=390, cache=tmp_path / "cache")
+    mixed = open_data([Source(texts, 1, "text"), Source(str(tmp_path / "b.txt"), 1, "text")], settings)
+    first, second = (corpus.folder / "tokenizer.json" for corpus in mixed.corpora)
+    assert first.read_bytes() == second.read_bytes() and mixed.tokenizer_file == first

@@ -1,0 +1,29 @@
+"""Tokenizers made on the spot, and those that are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data.tokenizer import MEDIA_TOKENS, TokenizerError, load_tokenizer, train_tokenizer
+
+
+def test_special_tokens_sit_where_gemma_has_them() -> None:
+    tokenizer = train_tokenizer(["some text to learn from " * 50], 400)
+    ids = {0: "<pad>", 1: "<eos>", 2: "<bos>", 50: "<|tool_response>", 98: "<|think|>", 105: "<|turn>", 106: "<turn|>"}
+    assert {i: tokenizer.id_to_token(i) for i in ids} == ids
+    size = tokenizer.get_vocab_size()
+    assert [tokenizer.id_to_token(size - len(MEDIA_TOKENS) + i) for i in range(len(MEDIA_TOKENS))] == list(MEDIA_TOKENS)
+    text = "def f(x):\n\treturn 'ü€' # <|turn>"
+    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_tokenizers_that_are_not_gemma_s_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="does not exist"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(TokenizerError, match="cannot be read"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(TokenizerError, match="smallest legal: 370"):
+        train_tokenizer(["x"], 300)
