@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torchtitan.components.checkpointer.utils import canonical_fqn
 
 from model.errors import UserError
 from model.init import initialised_tensors
@@ -36,7 +37,6 @@ log = logging.getLogger("gemwright")
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "LATEST"
 _NAME = re.compile(r"step_\d{8}")
-_WRAPPER = "_checkpoint_wrapped_module."
 _VISIBLE_SECONDS = 10  # a network file system may show a new file late
 
 
@@ -240,8 +240,8 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
 
     Learning rates and decay are functions of (config, step) and not kept.
     """
-    named = {name.replace(_WRAPPER, ""): parameter for name, parameter in model.named_parameters()}
-    tensors = {name.replace(_WRAPPER, ""): tensor.detach() for name, tensor in initialised_tensors(model)}
+    named = {canonical_fqn(name): parameter for name, parameter in model.named_parameters()}
+    tensors = {canonical_fqn(name): tensor.detach() for name, tensor in initialised_tensors(model)}
     state = {name: dict(optimizer.state[p]) for name, p in named.items() if p in optimizer.state}
     return {"model": tensors, "optimizer": {"state": state}}
 
