@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from torch.utils.data import Dataset
@@ -17,6 +16,7 @@ from data.chat_template import template_size
 from data.packing import PackedDataset
 from data.prepare import Corpus, prepare
 from model import ConfigError, Gemma4Config, UserError
+from parallel.agree import from_all
 from parallel.mesh import World
 from train.config import Config
 from train.faults import StopRequest
@@ -37,8 +37,7 @@ def prepare_corpus(config: Config, model: Gemma4Config, world: World, stop: Stop
             raise UserError(f"told to stop by {stop.signal_name} before the data was prepared.")
         time.sleep(0.1)
     corpus = _prepare(config, model)
-    names: list[Any] = [None] * world.size
-    dist.all_gather_object(names, corpus.folder.name)
+    names = from_all(corpus.folder.name)
     if len(set(names)) > 1:
         other = next(rank for rank, name in enumerate(names) if name != names[0])
         raise ConfigError(
