@@ -10,17 +10,22 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from model.errors import UserError, nearest
 
 T = TypeVar("T")
+WORDS = {"words": True}
+"""Metadata of the list field that takes what has no key, as in `gemwright variants e4b 31b`."""
 
 
 def parse(schema: type[T], arguments: list[str]) -> T:
-    """A `schema` from KEY=VALUE texts. A list field takes its key once for each item.
+    """A `schema` from KEY=VALUE texts. A list field takes its key once for each item, one with `WORDS` plain words.
 
     Raises `UserError` for an unknown key, a wrong type, or a field without default that is not given.
     """
     hints = get_type_hints(schema)
+    words = next((field.name for field in _fields(schema) if field.metadata == WORDS), None)
     values: dict[str, Any] = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
+        if words and not equals:
+            key, equals, text = words, "=", argument
         if key not in hints:
             raise UserError(f"{key} is no argument; nearest: {nearest(key, hints)} (all: {', '.join(hints)}).")
         if not equals:
@@ -29,9 +34,9 @@ def parse(schema: type[T], arguments: list[str]) -> T:
             values.setdefault(key, []).append(text)
         else:
             values[key] = _convert(key, text, hints[key])
-    missing = [name for name in _required(schema) if name not in values]
-    if missing:
-        raise UserError(f"{missing[0]}=... is missing; --help shows an example.")
+    for name in _required(schema):
+        if name not in values:
+            raise UserError(f"{name}=... is missing; --help shows an example.")
     return schema(**values)
 
 
@@ -50,10 +55,13 @@ def run(schema: type[T], command: Callable[[T], None], doc: str | None) -> None:
         sys.exit(f"error: {error}; mend it and run again.")
 
 
-def _required(schema: type[Any]) -> list[str]:
-    """Fields without a default."""
+def _fields(schema: type[T]) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(schema)  # type: ignore[arg-type]
+
+
+def _required(schema: type[T]) -> list[str]:
     missing = dataclasses.MISSING
-    return [f.name for f in dataclasses.fields(schema) if f.default is missing and f.default_factory is missing]
+    return [field.name for field in _fields(schema) if field.default is field.default_factory is missing]
 
 
 def _convert(key: str, text: str, hint: Any) -> Any:

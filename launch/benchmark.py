@@ -5,31 +5,41 @@ python -m launch.benchmark attention    # a sliding layer: blocked kernel agains
 python -m launch.benchmark supervised   # a training step that skips unsupervised work against one that does not
 python -m launch.benchmark memory       # host memory of a step on one rank and on four: context, loss, table
 python -m launch.benchmark load         # host memory of two ranks that load a checkpoint of 6.3 GB
+
+Several may be named. rounds=5 are counted of attention and supervised, after one that warms up.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import pickle
 import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from launch.arguments import WORDS, run
 from launch.load_memory import load
 from launch.mesh_memory import memory
-from model import Gemma4, Gemma4Config
+from model import Gemma4, Gemma4Config, UserError
 from model.attention_kernels import blocked
+from model.errors import nearest
 from model.head import linear_cross_entropy, softcapped_logits
 from model.masks import attention_mask
 
 SOFTCAP = 30.0
+
+
+@dataclass
+class Options:
+    what: list[str] = field(metadata=WORDS)
+    rounds: int = 5
 
 
 def side_by_side(functions: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
@@ -57,11 +67,11 @@ def in_a_process(function: Callable[[], Any]) -> Any:
         data = answer.read()
     _, status = os.waitpid(child, 0)
     if not data:
-        raise SystemExit(f"error: the measuring process ended with status {status}; likely out of memory.")
+        raise UserError(f"the measuring process ended with status {status}; likely out of memory.")
     return pickle.loads(data)
 
 
-def loss(rounds: int) -> None:
+def loss() -> None:
     vocab, width = 262_144, 256
     print(f"loss, forward and backward, V {vocab:,}, D {width}, float32, {torch.get_num_threads()} threads")
     print(f"{'tokens':>7} {'loss':>6} {'peak MiB':>9} {'seconds':>8} {'[T, V] MiB':>10}")
@@ -143,15 +153,24 @@ def supervised(rounds: int) -> None:
             )
 
 
+COUNTED = {"attention": attention, "supervised": supervised}
+ONCE = {"loss": loss, "memory": memory, "load": load}
+
+
+def benchmark(options: Options) -> None:
+    for name in options.what:
+        if name not in COUNTED | ONCE:
+            choices = [*COUNTED, *ONCE]
+            raise UserError(f"'{name}' is no benchmark; nearest: {nearest(name, choices)} (all: {', '.join(choices)}).")
+    for name in options.what:
+        if name in ONCE:
+            ONCE[name]()
+        else:
+            COUNTED[name](options.rounds)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("loss", "attention", "supervised", "load", "memory"))
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds (the loss runs once per process)")
-    arguments = parser.parse_args()
-    if arguments.what in ("load", "memory"):
-        {"load": load, "memory": memory}[arguments.what]()
-    else:
-        {"loss": loss, "attention": attention, "supervised": supervised}[arguments.what](arguments.rounds)
+    run(Options, benchmark, __doc__)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,9 @@ float32 masters, and reports each rank's peak beyond the slices it keeps.
 from __future__ import annotations
 
 import json
-import os
 import resource
-import subprocess
-import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,15 +17,23 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+from launch.arguments import run
+from launch.torchrun import start
 from model import Gemma4, Gemma4Config
 from model.hf_format import INDEX, Weights, disk_key
 from model.init import initialised_tensors
+from parallel.agree import from_all
 from parallel.apply import build_parallel_model
 from parallel.layout import Layout
 from parallel.mesh import World, build_mesh, init_process_group
 
 RANKS = 2
 _GB = 10**9
+
+
+@dataclass
+class Options:
+    folder: str
 
 
 def write_checkpoint(folder: Path, layers: int) -> int:
@@ -50,8 +56,9 @@ def write_checkpoint(folder: Path, layers: int) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def measure(folder: Path) -> None:
+def measure(options: Options) -> None:
     """On each rank: load and print the peak beyond what was there before."""
+    folder = Path(options.folder)
     world, device = World.from_environment(), torch.device("cpu")
     init_process_group(world, device)
     mesh = build_mesh(device, Layout(dp_shard=world.size))
@@ -60,8 +67,7 @@ def measure(folder: Path) -> None:
     model = build_parallel_model(config, mesh, device, Weights(folder, config).fill).model
     grown = _peak() - before
     kept = sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for _, t in initialised_tensors(model))
-    found: list[tuple[int, int]] = [(0, 0)] * world.size
-    dist.all_gather_object(found, (grown, kept))
+    found = from_all((grown, kept))
     if world.rank == 0:
         largest = max(file.stat().st_size for file in folder.glob("*.safetensors"))
         for rank, (peak, own) in enumerate(found):
@@ -80,11 +86,8 @@ def load(layers: int = 3) -> None:
     with tempfile.TemporaryDirectory(prefix="gemwright-load-") as name:
         written = write_checkpoint(Path(name), layers)
         print(f"loading {written / _GB:.1f} GB of bfloat16 on {RANKS} ranks into float32 masters", flush=True)
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)]
-        subprocess.run(
-            [*command, "-m", "launch.load_memory", name], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        start("launch.load_memory", RANKS, f"folder={name}")
 
 
 if __name__ == "__main__":
-    measure(Path(sys.argv[1]))
+    run(Options, measure, __doc__)

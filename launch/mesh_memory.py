@@ -5,10 +5,8 @@ Context parallel at 16,384 positions, the loss split by vocabulary, and the per-
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,9 +14,12 @@ import torch.distributed as dist
 from torch import nn
 
 from data.batch import Batch
+from launch.arguments import run
+from launch.torchrun import start
 from model import Gemma4Config
 from model.head import Head
 from model.init import random_fill
+from parallel.agree import from_all
 from parallel.apply import Options, build_parallel_model
 from parallel.embedding_shards import ShardedRows
 from parallel.layout import Layout
@@ -63,7 +64,7 @@ def loss(size: int) -> Callable[[], object]:
 def rows(size: int) -> Callable[[], object]:
     """Building a per-layer table of 262,144 rows of 2,048, and one look-up with its backward."""
 
-    def run() -> None:
+    def step() -> None:
         with torch.device("meta"):
             whole = nn.Embedding(VOCAB, TABLE)
         mesh = build_mesh(CPU, Layout(dp_shard=size))
@@ -72,23 +73,27 @@ def rows(size: int) -> Callable[[], object]:
         local_part(table.weight).detach().fill_(0.5)
         table(torch.randint(1, VOCAB, (TOKENS,))).sum().backward()
 
-    return run
+    return step
 
 
 KINDS = {"context": context, "loss": loss, "rows": rows}
 
 
-def measure(kind: str) -> None:
+@dataclass
+class Arguments:
+    kind: str
+
+
+def measure(arguments: Arguments) -> None:
     world = World.from_environment()
     init_process_group(world, CPU)
-    step = KINDS[kind](world.size)
+    step = KINDS[arguments.kind](world.size)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _peak()
     step()
-    found: list[int] = [0] * world.size
-    dist.all_gather_object(found, _peak() - before)
+    found = from_all(_peak() - before)
     if world.rank == 0:
-        print(f"{kind}: {world.size} ranks, at most {max(found) / _MIB:,.0f} MiB a rank", flush=True)
+        print(f"{arguments.kind}: {world.size} ranks, at most {max(found) / _MIB:,.0f} MiB a rank", flush=True)
     dist.destroy_process_group()
 
 
@@ -101,10 +106,8 @@ def memory() -> None:
     for kind in KINDS:
         print(KINDS[kind].__doc__, flush=True)
         for size in (1, RANKS):
-            command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            subprocess.run([*command, "-m", "launch.mesh_memory", kind], check=True, env=environment)
+            start("launch.mesh_memory", size, f"kind={kind}")
 
 
 if __name__ == "__main__":
-    measure(sys.argv[1])
+    run(Arguments, measure, __doc__)

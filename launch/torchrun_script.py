@@ -11,6 +11,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from train.files import replace_file
+
 # The kernel takes no blank in an interpreter's path, so /bin/sh reads the first lines and Python skips them.
 _SCRIPT = """\
 #!/bin/sh
@@ -28,10 +30,7 @@ def write(python: Path) -> Path:
     """The script beside `python`, written unless it is there already."""
     script, text = python.with_name("torchrun"), _SCRIPT.format(python=python)
     if not script.is_file() or script.read_text() != text:
-        aside = python.with_name(".torchrun")
-        aside.write_text(text)
-        aside.chmod(0o755)
-        aside.replace(script)
+        replace_file(script, text, mode=0o755)
     return script
 
 

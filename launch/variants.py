@@ -1,4 +1,4 @@
-"""Every variant with its sizes, features and parameter counts.
+"""Every variant with its sizes, features and parameter counts, or the named ones; `gemma4_` may be left out.
 
 python -m launch.variants
 python -m launch.variants e4b 31b        # some of them
@@ -6,21 +6,20 @@ python -m launch.variants e4b 31b        # some of them
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from model import Gemma4, Gemma4Config, UserError
+from launch.arguments import WORDS, run
+from model import Gemma4, Gemma4Config
 from model.media_config import AudioConfig, VisionConfig
 from model.variants import HUB_IDS, VARIANT_NAMES
 
-VERIFIED = (
-    "Verified for each of the five kinds, on a CPU in float32, against small transformers models of random weights:\n"
-    "logits and every gradient for text, images, video and sound; import and export byte for byte; exact counts.\n"
-    "12B with images: under the masks of the reference's generation; its training forward differs (README).\n"
-    "Not verified: the released weights themselves, and anything on a GPU."
-)
+
+@dataclass
+class Options:
+    names: list[str] = field(default_factory=list, metadata=WORDS)
 
 
 def parameters(config: Gemma4Config) -> dict[str, int]:
@@ -80,15 +79,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
+def list_variants(options: Options) -> None:
+    print(table([row(f"gemma4_{name.removeprefix('gemma4_')}") for name in options.names or VARIANT_NAMES]))
+    print("\nWhat has been verified of each, and what nobody has run yet: README.md, 'What is tested'.")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="registered names, `gemma4_` may be left out; without any, all")
-    names = parser.parse_args().names
-    try:
-        print(table([row(f"gemma4_{name.removeprefix('gemma4_')}") for name in names or VARIANT_NAMES]))
-    except UserError as error:
-        parser.exit(1, f"error: {error}\n")
-    print(f"\n{VERIFIED}")
+    run(Options, list_variants, __doc__)
 
 
 if __name__ == "__main__":

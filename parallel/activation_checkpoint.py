@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from model import Gemma4
 
 
@@ -22,15 +20,12 @@ def apply_activation_checkpoint(model: Gemma4, mode: str, every: int = 1) -> Non
     if mode == "selective":
         options = SelectiveAC.Config(preserve_rng_state=False, force_recompute_mm_shapes_by_fqns=[])
         policy = SelectiveAC(options)
-    stacks: list[nn.Module] = [model.language_model]
-    for name in ("vision_tower.encoder", "audio_tower"):
-        if hasattr(model, name.partition(".")[0]):
-            stacks.append(model.get_submodule(name))
-    for stack in stacks:
+    for name in ("language_model", "vision_tower.encoder", "audio_tower"):
+        if not hasattr(model, name.partition(".")[0]):
+            continue
+        stack = model.get_submodule(name)
         layers = stack.get_submodule("layers")
-        chosen = {key: layer for key, layer in layers.named_children() if int(key) % every == 0}
-        holder = nn.Module()
-        holder.layers = nn.ModuleList(chosen.values())
-        policy.apply(holder)
-        for key, wrapped in zip(chosen, holder.layers, strict=True):
-            setattr(layers, key, wrapped)
+        kept = {key: layer for key, layer in layers.named_children() if int(key) % every}
+        policy.apply(stack)  # to all of its `layers`
+        for key, layer in kept.items():
+            layers.register_module(key, layer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torchtitan.components.checkpointer.utils import canonical_fqn
 
 from model import Gemma4
 from model.init import Fill, Slice, initialised_tensors
@@ -22,7 +23,7 @@ def initialise(model: Gemma4, device: torch.device, fill: Fill, *, offloaded: bo
         if isinstance(tensor, DTensor):
             _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
             local = tensor.to_local()
-        slices.append(Slice(local, name.replace("_checkpoint_wrapped_module.", ""), tensor.shape, offset))
+        slices.append(Slice(local, canonical_fqn(name), tensor.shape, offset))
     fill(slices)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torchtitan.components.checkpointer.utils import canonical_fqn
 
 from data.batch import IGNORE, Batch, Row, collate
 from model import ConfigError, Gemma4, Gemma4Config
@@ -292,7 +293,7 @@ def share_of(case: Case, step: int, layout: Layout, rank: int) -> list[Batch]:
 def whole_gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     """Every gradient, gathered on every rank."""
     return {
-        name.replace("_checkpoint_wrapped_module.", ""): p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        canonical_fqn(name): p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
         for name, p in model.named_parameters()
         if p.grad is not None
     }
@@ -306,7 +307,7 @@ def gradient_errors(model: torch.nn.Module, expected: dict[str, Tensor]) -> dict
     for dotted, parameter in model.named_parameters():
         grad = parameter.grad
         assert isinstance(grad, DTensor), dotted
-        index = names.index(dotted.replace("_checkpoint_wrapped_module.", ""))
+        index = names.index(canonical_fqn(dotted))
         shape, offset = compute_local_shape_and_global_offset(grad.shape, grad.device_mesh, grad.placements)
         part = expected[names[index]][tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
         error, holders = grad.to_local().double() - part.double(), num_holders(grad)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torchtitan.components.checkpointer.utils import canonical_fqn
 
 from parallel.mesh import World
 from tests.distributed import run_ranks
@@ -68,9 +69,7 @@ def train_once(arguments: list[str], world: World) -> dict[str, Any]:
 
 def whole_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
     return {
-        name.replace("_checkpoint_wrapped_module.", ""): (p.full_tensor() if isinstance(p, DTensor) else p)
-        .detach()
-        .clone()
+        canonical_fqn(name): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in model.named_parameters()
     }
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from data.corpus.open import Data, Settings, Source, open_data
 from model import ConfigError, Gemma4Config, UserError
+from parallel.agree import from_all
 from parallel.mesh import World
 from train.config import Config
 from train.faults import StopRequest
@@ -44,8 +44,7 @@ def prepare_data(config: Config, model: Gemma4Config, world: World, stop: StopRe
         time.sleep(0.1)
     if world.local_rank != 0:
         opened = open_data(sources, settings)
-    names: list[Any] = [None] * world.size
-    dist.all_gather_object(names, opened.name)
+    names = from_all(opened.name)
     if len(set(names)) > 1:
         other = next(rank for rank, name in enumerate(names) if name != names[0])
         raise ConfigError(

@@ -12,9 +12,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from data.chat.template import chat_template, template_size
+from data.corpus.prepare import made_once
 from data.tokenizer import STOPS
 from model import Gemma4Config, UserError
 from model.hf_config import config_to_hf
 from model.hf_format import INDEX, SINGLE, disk_key
+from parallel.agree import RankError, from_all, on_rank_0, together
 from train.checkpoint import MANIFEST as CHECKPOINT_MANIFEST
 
 MANIFEST = "gemwright_export.json"
@@ -54,10 +55,6 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _MODEL = "model."
 
 
-class ExportError(UserError):
-    """A folder that cannot be written, or does not read back as written."""
-
-
 @dataclass(frozen=True)
 class Origin:
     """What a run remembers of the checkpoint it began with: its small files, and each tensor's dtype on disk."""
@@ -78,8 +75,12 @@ class Origin:
     def inherit(cls, folder: Path, checkpoint: Path) -> None:
         """A run that branches off another's checkpoint began where that one did."""
         theirs = checkpoint.resolve().parent.parent / "origin"
-        if not folder.exists() and theirs.is_dir():
-            shutil.copytree(theirs, folder)
+
+        def copy(aside: Path) -> None:
+            shutil.copytree(theirs, aside, dirs_exist_ok=True)
+
+        if theirs.is_dir():
+            made_once(folder, copy)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -106,64 +107,40 @@ def export(
 
     tokenizer: a `tokenizer.json`; origin: the folder `Origin.remember` filled; dtype: of all
     tensors, or auto: as they came, and bfloat16 for a run from scratch; replace: an `out` made
-    from another checkpoint. One made from this very checkpoint stays. Raises `ExportError`.
+    from another checkpoint. One made from this very checkpoint stays. Raises `UserError`.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     out = out.resolve()
-    partial = out.with_name(f".{out.name}.partial")
+    aside = out.with_name(f".{out.name}.partial")
     tensors: dict[str, Any] = {}
-
-    def attempt(step: Callable[[], Any]) -> Any:
-        """One step on every rank that has it: all go on, or all stop with the first failure and nothing is left."""
-        result, failure = None, None
-        try:
-            result = step()
-        except Exception as error:  # writers raise errors of their own kinds
-            failure = " ".join(str(error).split())[:300] or type(error).__name__
-        failures: list[Any] = [failure]
-        if world > 1:
-            failures = [None] * world
-            dist.all_gather_object(failures, failure)
-        found = next((f for f in failures if f), None)
-        if found is None:
-            return result
+    try:
+        if not on_rank_0(lambda: _begin(checkpoint, out, aside, replace)):
+            return out
+        files = together(lambda: _Files(checkpoint, config, Origin(origin) if origin else None, dtype, file_bytes))
+        for turn in range(0, len(files.names), world):
+            tensors |= together(partial(files.write, aside, turn + rank))
+        for share in from_all(tensors):
+            tensors |= share
+        on_rank_0(lambda: files.finish(aside, out, tensors, tokenizer))
+    except RankError as error:
         if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise ExportError(f"export to {out} failed ({found}); mend it and export again, the checkpoint is untouched.")
-
-    def begin() -> bool:
-        """Whether there is nothing to do; on rank 0."""
-        if out.exists():
-            if _made_from(out) == _digest(checkpoint):
-                return True
-            if not replace:
-                raise FileExistsError("it is there already: choose another folder or remove it")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        return False
-
-    done = [attempt(lambda: rank == 0 and begin())]
-    if world > 1:
-        dist.broadcast_object_list(done, src=0)
-    if done[0]:
-        return out
-    plan = attempt(lambda: _Plan(checkpoint, config, Origin(origin) if origin else None, dtype, file_bytes))
-    for turn in range(0, len(plan.files), world):
-        number = turn + rank
-        tensors |= attempt(lambda number=number: plan.write(partial, number)) or {}  # type: ignore[misc]
-    shares: list[Any] = [tensors]
-    if world > 1:
-        shares = [None] * world
-        dist.all_gather_object(shares, tensors)
-
-    def finish() -> None:
-        plan.finish(partial, {k: v for share in shares for k, v in share.items()}, tokenizer)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(partial, out)
-
-    attempt(lambda: finish() if rank == 0 else None)
+            shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(
+            f"export to {out} failed ({error}); mend it and export again, the checkpoint is untouched."
+        ) from None
     return out
+
+
+def _begin(checkpoint: Path, out: Path, aside: Path, replace: bool) -> bool:
+    """Whether there is anything to do; then `aside` is an empty folder."""
+    if out.exists():
+        if _read_json(out / MANIFEST).get("checkpoint_digest") == _digest(checkpoint):
+            return False
+        if not replace:
+            raise FileExistsError("it is there already: choose another folder or remove it")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return True
 
 
 def _digest(checkpoint: Path) -> str:
@@ -171,12 +148,7 @@ def _digest(checkpoint: Path) -> str:
     return hashlib.sha256((checkpoint / CHECKPOINT_MANIFEST).read_bytes()).hexdigest()
 
 
-def _made_from(out: Path) -> str | None:
-    """Digest of the checkpoint that a whole export was made from."""
-    return _read_json(out / MANIFEST).get("checkpoint_digest")
-
-
-class _Plan:
+class _Files:
     """Which tensors go into which file."""
 
     def __init__(
@@ -191,14 +163,14 @@ class _Plan:
             if name.startswith(_MODEL) and isinstance(entry, TensorStorageMetadata)
         }
         self.dtypes = {name: self._dtype(name, dtype) for name in self.shapes}
-        self.files: list[list[str]] = [[]]
+        self.names: list[list[str]] = [[]]
         room = file_bytes
         for name, shape in self.shapes.items():
             size = shape.numel() * self.dtypes[name].itemsize
-            if size > room and self.files[-1]:
-                self.files.append([])
+            if size > room and self.names[-1]:
+                self.names.append([])
                 room = file_bytes
-            self.files[-1].append(name)
+            self.names[-1].append(name)
             room -= size
 
     def _dtype(self, name: str, wanted: str) -> torch.dtype:
@@ -207,18 +179,18 @@ class _Plan:
         return (self.origin.dtypes if self.origin else {}).get(name, torch.bfloat16)
 
     def file_name(self, number: int) -> str:
-        count = len(self.files)
+        count = len(self.names)
         return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
     def write(self, folder: Path, number: int) -> dict[str, Any]:
         """Read one file's tensors from the checkpoint and write them; their entries of the manifest."""
-        if number >= len(self.files):
+        if number >= len(self.names):
             return {}
         written: dict[str, Tensor] = {}
         pending: dict[str, Tensor] = {}
-        for name in self.files[number]:
+        for name in self.names[number]:
             pending[name] = torch.empty(self.shapes[name])
-            if sum(tensor.nbytes for tensor in pending.values()) > _READ_BYTES or name == self.files[number][-1]:
+            if sum(tensor.nbytes for tensor in pending.values()) > _READ_BYTES or name == self.names[number][-1]:
                 with warnings.catch_warnings():  # it says that it reads alone, which is what is asked of it
                     warnings.simplefilter("ignore")
                     dcp.load({_MODEL.rstrip("."): pending}, checkpoint_id=self.checkpoint, no_dist=True)
@@ -237,10 +209,10 @@ class _Plan:
                     raise OSError(f"{key} in {file.name} does not read back as it was written")
         return entries
 
-    def finish(self, folder: Path, tensors: dict[str, Any], tokenizer: Path | None) -> None:
-        """Index, config, tokenizer, chat template, generation config, and last the manifest."""
+    def finish(self, folder: Path, out: Path, tensors: dict[str, Any], tokenizer: Path | None) -> None:
+        """Add index, config, tokenizer, chat template, generation config and last the manifest; move it to `out`."""
         assert len(tensors) == len(self.shapes)
-        if len(self.files) > 1:
+        if len(self.names) > 1:
             total = sum(entry["bytes"] for entry in tensors.values())
             index = {"metadata": {"total_size": total}, "weight_map": {key: e["file"] for key, e in tensors.items()}}
             _write_json(folder / INDEX, index)
@@ -260,6 +232,9 @@ class _Plan:
                     _write_json(folder / name, content)
         made_from = {"checkpoint": self.checkpoint.name, "checkpoint_digest": _digest(self.checkpoint)}
         _write_json(folder / MANIFEST, made_from | {"tensors": tensors})
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(folder, out)
 
     def _main_dtype(self) -> str:
         """The dtype of most numbers."""

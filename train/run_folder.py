@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fcntl
-import os
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from model import ConfigError
 from train.config import Config
+from train.files import replace_file
 
 
 class RunFolder:
@@ -35,10 +35,5 @@ class RunFolder:
 
     def describe(self, config: Config, tokenizer_json: Path) -> None:
         """Write `config.yaml` and `tokenizer.json`, whole or not at all. For rank 0."""
-        self._write("config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
-        self._write("tokenizer.json", tokenizer_json.read_text(encoding="utf-8"))
-
-    def _write(self, name: str, text: str) -> None:
-        aside = self.path / f".{name}"
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, self.path / name)
+        replace_file(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+        replace_file(self.path / "tokenizer.json", tokenizer_json.read_text(encoding="utf-8"))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from pathlib import Path
 from typing import Any
 
 from model import ConfigError
 from train.config import Config, WandbConfig
+from train.files import replace_file
 
 _GROUPS = {
     "train": ("loss", "grad_norm", "lr", "z", "supervised_tokens"),
@@ -46,7 +46,7 @@ class WandbTracker:
         options: WandbConfig = config.trackers.wandb
         id_file = folder / "wandb_run_id.txt"
         if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:8])
+            replace_file(id_file, uuid.uuid4().hex[:8])
         self._wandb = wandb
         try:
             self._run = self._start(config, options, folder, id_file.read_text().strip())
@@ -125,6 +125,4 @@ def _truncate(path: Path, first_step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:  # the last line of a killed run may be half written
             continue
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(kept))
-    os.replace(aside, path)
+    replace_file(path, "".join(kept))

@@ -20,6 +20,7 @@ from model.hf_format import Weights
 from model.init import Fill, random_fill
 from model.media import Media
 from model.precision import accumulation_dtype
+from parallel.agree import summed_counts
 from parallel.apply import Options, build_parallel_model
 from parallel.balance import read_balance
 from parallel.mesh import World, build_mesh, compute_dtype, micro_batch_size
@@ -170,7 +171,7 @@ class Trainer:
         parts = [inputs.media or Media() for inputs in given]
         speaks = self.engine.leads  # of the ranks that share these sequences, one counts them
         # Everything ranks must agree on before the step, in one small exchange.
-        units, supervised, tokens, flops, stops, written, *present = self._summed(
+        units, supervised, tokens, flops, stops, written, *present = summed_counts(
             speaks * sum(map(self.objective.units, micro_batches)),
             speaks * sum(batch.kept.count for batch in micro_batches),
             speaks * sum(len(inputs.tokens_T) for inputs in given),
@@ -191,7 +192,7 @@ class Trainer:
             micro_batches,
             units,
             [(vision > 0, audio > 0) for vision, audio in zip(present[::2], present[1::2], strict=True)],
-            should_continue=lambda: not self._summed(bool(self.stop))[0],
+            should_continue=lambda: not summed_counts(bool(self.stop))[0],
         )
         if sums is None:
             return False
@@ -216,12 +217,6 @@ class Trainer:
         if self.progress.step % config.train.log_every == 0 or self.progress.step in (1, config.train.steps):
             self._log(sums, {"grad_norm": grad_norm, "lr": rate, "supervised_tokens": supervised}, meter)
         return True
-
-    def _summed(self, *values: float) -> list[int]:
-        """Whole numbers summed over all ranks, without touching the GPU."""
-        total = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(total)
-        return total.tolist()
 
     def _log(self, sums: dict[str, Tensor], values: dict[str, float], meter: Meter) -> None:
         reduced = torch.stack([value.to(self.device) for value in sums.values()])

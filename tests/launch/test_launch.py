@@ -20,6 +20,7 @@ from data.chat.render import render
 from data.chat.template import chat_template
 from data.tokenizer import train_tokenizer
 from launch.arguments import parse
+from launch.benchmark import Options as BenchmarkOptions
 from launch.generate import Options, generate
 from launch.variants import parameters
 from model import Gemma4Config, UserError
@@ -126,8 +127,29 @@ def test_variants_prints_all_of_them() -> None:
     for text in ("gemma4_26b_a4b_it", "31,273,086,512", "3,822,530,560", "google/gemma-4-12B-it", "128 experts, top 8"):
         assert text in out
     assert parameters(Gemma4Config.from_name("gemma4_e2b"))["total"] == 5_104_297_504
-    status, _, error = command("variants", "32b")
-    assert status == 1 and "nearest: gemma4_" in error
+    assert "gemma4_31b_it" not in command("variants", "e4b", "gemma4_31b")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["variants", "32b"], "nearest: gemma4_"),
+        (["variants", "nams=e4b"], "nams is no argument; nearest: names (all: names)."),
+        (["benchmark", "attentoin"], "'attentoin' is no benchmark; nearest: attention (all: "),
+        (["benchmark", "attention", "rouns=3"], "rouns is no argument; nearest: rounds (all: what, rounds)."),
+        (["benchmark", "rounds=3"], "what=... is missing; --help shows an example."),
+        (["benchmark", "loss", "rounds=few"], "rounds=few has the wrong type; rounds is a whole number."),
+    ],
+    ids=" ".join,
+)
+def test_a_mistyped_word_or_key_names_the_nearest(arguments: list[str], message: str) -> None:
+    status, out, error = command(*arguments)
+    assert (status, out) == (1, "") and message in error and len(error.splitlines()) == 1
+
+
+def test_words_and_keys_may_be_mixed() -> None:
+    assert parse(BenchmarkOptions, ["loss", "rounds=3", "load"]) == BenchmarkOptions(["loss", "load"], 3)
+    assert parse(BenchmarkOptions, ["what=loss"]) == BenchmarkOptions(["loss"])
 
 
 def test_export_of_a_run_by_command(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torchtitan.components.checkpointer.utils import canonical_fqn
 
 from model import Gemma4, Gemma4Config
 from model.head import linear_cross_entropy
@@ -38,11 +39,7 @@ def step(name: str, mode: str, every: int) -> tuple[dict[str, Tensor], int]:
         hidden, model.head_weight, example.labels_BS[keep], softcap=config.final_logit_softcapping
     )
     loss.total.backward()
-    grads = {
-        key.replace("_checkpoint_wrapped_module.", ""): p.grad
-        for key, p in model.named_parameters()
-        if p.grad is not None
-    }
+    grads = {canonical_fqn(key): p.grad for key, p in model.named_parameters() if p.grad is not None}
     return grads, held
 
 

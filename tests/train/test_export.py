@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from transformers import Gemma4ForCausalLM, Gemma4ForConditionalGeneration, Gemma4UnifiedForConditionalGeneration
 
-from model import Gemma4Config
+from model import Gemma4Config, UserError
 from model.hf_format import Weights
 from parallel.apply import build_parallel_model
 from parallel.layout import Layout, nearest_layout
@@ -28,7 +28,7 @@ from tests.model.reference import (
 )
 from train.checkpoint import Checkpointer
 from train.config import OptimizerConfig
-from train.export import MANIFEST, ExportError, Origin, export
+from train.export import MANIFEST, Origin, export
 from train.optimizer import build_optimizer
 
 CPU = torch.device("cpu")
@@ -163,7 +163,7 @@ def test_an_export_is_made_once_and_overwrites_nothing_unasked(tmp_path: Path) -
     other = Path(shutil.copytree(checkpoint, tmp_path / "step_00000002"))
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps(manifest | {"of": "another run"}))
-    with pytest.raises(ExportError, match=r"is there already: choose another folder or remove it\)"):
+    with pytest.raises(UserError, match=r"is there already: choose another folder or remove it\)"):
         export(other, out, config)
     assert weights.stat().st_mtime_ns == before
     export(other, out, config, replace=True)
@@ -182,7 +182,7 @@ def test_a_failure_on_one_rank_stops_all_and_leaves_nothing(tmp_path: Path) -> N
         if world.rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        with pytest.raises(ExportError) as caught:
+        with pytest.raises(UserError) as caught:
             export(checkpoint, out, config, file_bytes=50_000)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         return str(caught.value)
@@ -194,7 +194,7 @@ def test_a_failure_on_one_rank_stops_all_and_leaves_nothing(tmp_path: Path) -> N
     def unreadable(world: World) -> str:
         torch.distributed.barrier()
         seen = checkpoint if world.rank == 0 else tmp_path / "nowhere"
-        with pytest.raises(ExportError, match="nowhere"):
+        with pytest.raises(UserError, match="nowhere"):
             export(seen, out, config)
         return "stopped"
 
