@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from model import Gemma4
+from parallel.options import ActivationCheckpointConfig
 
 
-def apply_activation_checkpoint(model: Gemma4, mode: str, every: int = 1) -> None:
-    """mode: none | full (whole layers) | selective (keep attention and every second product); in every n-th layer.
+def apply_activation_checkpoint(model: Gemma4, options: ActivationCheckpointConfig) -> None:
+    """Recompute what the options say in the layers of a model, or of one stage of it.
 
     Gradients do not change: keys and values shared by layers are layer outputs. The choice of experts is
     kept where selective, and made again from the same scores where full.
     """
-    if mode == "none":
+    if options.mode == "none":
         return
     # imports slowly, so only when asked for
     from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing, FullAC, SelectiveAC
 
     policy: ActivationCheckpointing = FullAC(FullAC.Config(preserve_rng_state=False))
-    if mode == "selective":
-        options = SelectiveAC.Config(preserve_rng_state=False, force_recompute_mm_shapes_by_fqns=[])
-        policy = SelectiveAC(options)
+    if options.mode == "selective":
+        policy = SelectiveAC(SelectiveAC.Config(preserve_rng_state=False, force_recompute_mm_shapes_by_fqns=[]))
     for name in ("language_model", "vision_tower.encoder", "audio_tower"):
         if not hasattr(model, name.partition(".")[0]):
             continue
         stack = model.get_submodule(name)
         layers = stack.get_submodule("layers")
-        kept = {key: layer for key, layer in layers.named_children() if int(key) % every}
+        kept = {key: layer for key, layer in layers.named_children() if int(key) % options.every}
         policy.apply(stack)  # to all of its `layers`
         for key, layer in kept.items():
             layers.register_module(key, layer)

@@ -23,6 +23,7 @@ from parallel.float8 import apply_float8
 from parallel.fsdp import shard
 from parallel.initialise import initialise
 from parallel.mesh import Mesh
+from parallel.options import ParallelConfig, PlanConfig
 from parallel.sequence_parallel import TensorParallel
 from parallel.stage import Gemma4Stage, Stages
 from parallel.tensor import apply_tensor_parallel
@@ -30,25 +31,6 @@ from parallel.weight_gradients import defer_weight_gradients
 
 if TYPE_CHECKING:
     from parallel.pipeline import Pipeline
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is laid over a model besides the mesh. Names of modules in `frozen` are not trained."""
-
-    frozen: tuple[str, ...] = ()
-    compute_dtype: torch.dtype = torch.float32
-    float8: str = "none"
-    activation_checkpoint: str = "none"
-    activation_checkpoint_every: int = 1
-    reshard_after_forward: bool = True
-    cpu_offload: bool = False
-    pp_schedule: str = "1f1b"
-    pp_virtual: int = 2
-    balance_loss: float = 0.0
-    router_z_loss: float = 0.0
-    sequence_length: int = 4096
-    """Where a pipeline is cut depends on it."""
 
 
 @dataclass(frozen=True)
@@ -79,24 +61,34 @@ class ParallelModel:
 
 
 def build_parallel_model(
-    config: Gemma4Config, mesh: Mesh, device: torch.device, fill: Fill, options: Options | None = None
+    config: Gemma4Config,
+    mesh: Mesh,
+    device: torch.device,
+    fill: Fill,
+    plans: PlanConfig | None = None,
+    *,
+    frozen: tuple[str, ...] = (),
+    compute_dtype: torch.dtype = torch.float32,
+    sequence_length: int = 4096,
 ) -> ParallelModel:
     """A model, or the stages of it that this rank holds, built on `meta`, laid over the mesh, then given values.
 
+    frozen: names of modules that are not trained. sequence_length: where a pipeline is cut depends on it.
     The order of the plans is not free; each line says why it stands where it does.
     """
-    layout, options = mesh.layout, options or Options()
+    layout, plans = mesh.layout, plans or PlanConfig()
+    parallel = plans.parallel
     with torch.device("meta"):
-        stages = _stages(config, mesh, options) if layout.pp > 1 else []
+        stages = _stages(config, mesh, parallel, sequence_length) if layout.pp > 1 else []
         parts: Sequence[Gemma4] = stages or [Gemma4(config)]
     for part in parts:
-        part.to(accumulation_dtype(options.compute_dtype))  # master weights
+        part.to(accumulation_dtype(compute_dtype))  # master weights
     context = ContextParallel(config, mesh.cp) if layout.cp > 1 else None
     tensor, products = None, ""
     routers: list[RouterBalance] = []
     for part in parts:
         # Frozen first: every plan below passes `requires_grad` on to the parameters it makes.
-        for name in options.frozen:
+        for name in frozen:
             if hasattr(part, name):
                 part.get_submodule(name).requires_grad_(False)
         # Tensor parallel replaces linear layers, table and head; what comes later changes the ones it made.
@@ -105,44 +97,44 @@ def build_parallel_model(
         part.plans = [*([context.cut] if context else []), *([tensor.deal] if tensor else [])]
         # Experts after it, since its ranks, which hold the same tokens, then share them out.
         apply_expert_parallel(part, mesh, tensor)
-        routers += watch_routers(part, mesh.groups, options.balance_loss, options.router_z_loss)
+        routers += watch_routers(part, mesh.groups, plans.moe)
         # Context parallel replaces nothing: it is how the attention modules, by now final, get their keys.
         if context is not None:
             context.apply(part)
             if isinstance(part, Gemma4Stage):
                 part.context = context
         # float8 needs the sizes that are left on a rank, which a GPU must accept, and the final expert modules.
-        products = apply_float8(part, options.float8)
+        products = apply_float8(part, plans.float8.recipe)
         # Deferral takes the layers whose product is still the plain one.
-        if options.pp_schedule == "zero_bubble" and isinstance(part, Gemma4Stage):
+        if parallel.pp_schedule == "zero_bubble" and isinstance(part, Gemma4Stage):
             part.deferred = defer_weight_gradients(part)
         # Tables whose rows stay sharded: after tensor parallel, which may have split the token table already, and
         # before FSDP, which must leave them alone.
-        sharded_rows = shard_embedding_rows(part, mesh, options.compute_dtype, tensor)
+        sharded_rows = shard_embedding_rows(part, mesh, compute_dtype, tensor)
         # Recomputation inside FSDP: a layer is gathered again for the backward before it is computed again.
-        apply_activation_checkpoint(part, options.activation_checkpoint, options.activation_checkpoint_every)
+        apply_activation_checkpoint(part, plans.activation_checkpoint)
         # FSDP last of all plans, over parameters that are final in number, shape and dtype.
         shard(
             part,
             mesh,
-            compute_dtype=options.compute_dtype,
+            compute_dtype=compute_dtype,
             ignored=sharded_rows,
-            reshard_after_forward=options.reshard_after_forward,
-            cpu_offload=options.cpu_offload,
+            reshard_after_forward=parallel.reshard_after_forward,
+            cpu_offload=parallel.cpu_offload,
         )
         # Storage at the end: each rank allocates only the slices it keeps.
-        initialise(part, device, fill, offloaded=options.cpu_offload)
+        initialise(part, device, fill, offloaded=parallel.cpu_offload)
     pipeline, model = None, cast(nn.Module, parts[0])
     if stages:
         from parallel.pipeline import Pipeline  # imports slowly, so only when asked for
 
-        count = num_stages(options.pp_schedule, options.pp_virtual, layout.pp)
-        pipeline, model = Pipeline(stages, mesh, options.pp_schedule, count, options.compute_dtype), Stages(stages)
+        count = num_stages(parallel.pp_schedule, parallel.pp_virtual, layout.pp)
+        pipeline, model = Pipeline(stages, mesh, parallel.pp_schedule, count, compute_dtype), Stages(stages)
     return ParallelModel(config, model, mesh, tensor, context, pipeline, routers, products)
 
 
-def _stages(config: Gemma4Config, mesh: Mesh, options: Options) -> list[Gemma4Stage]:
+def _stages(config: Gemma4Config, mesh: Mesh, parallel: ParallelConfig, sequence_length: int) -> list[Gemma4Stage]:
     """The stages of this rank: every pp-th."""
-    count = num_stages(options.pp_schedule, options.pp_virtual, mesh.layout.pp)
-    spans = cut_layers(config, options.sequence_length, count)
+    count = num_stages(parallel.pp_schedule, parallel.pp_virtual, mesh.layout.pp)
+    spans = cut_layers(config, sequence_length, count)
     return [Gemma4Stage(config, span) for span in spans[mesh.at["pp"] :: mesh.layout.pp]]

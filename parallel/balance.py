@@ -19,6 +19,7 @@ from torch import Tensor
 from model import Gemma4
 from model.precision import upcast
 from parallel.collectives import summed
+from parallel.options import MoEConfig
 
 
 class RouterBalance:
@@ -27,10 +28,8 @@ class RouterBalance:
     Recomputation counts a batch twice, which leaves shares and means as they are.
     """
 
-    def __init__(
-        self, layer: int, num_experts: int, groups: Sequence[dist.ProcessGroup], balance: float, z: float
-    ) -> None:
-        self.layer, self.groups, self.balance, self.z = layer, groups, balance, z
+    def __init__(self, layer: int, num_experts: int, groups: Sequence[dist.ProcessGroup], losses: MoEConfig) -> None:
+        self.layer, self.groups, self.losses = layer, groups, losses
         self.scale = 1.0
         """Factor of the losses' gradients: one over the number of micro-batches in a step."""
         self.totals = torch.zeros(num_experts + 3, dtype=torch.float64)
@@ -38,7 +37,11 @@ class RouterBalance:
 
     def __call__(self, scores_TE: Tensor, indices_Tk: Tensor) -> None:
         """Count the choices, and add the gradients of the losses to that of the scores."""
-        wants_losses = (self.balance or self.z) and torch.is_grad_enabled() and scores_TE.requires_grad
+        wants_losses = (
+            (self.losses.balance_loss or self.losses.router_z_loss)
+            and torch.is_grad_enabled()
+            and scores_TE.requires_grad
+        )
         with torch.no_grad():
             # Unlike a bincount, this does not make the host wait for a GPU.
             chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, indices_Tk, True)
@@ -65,21 +68,19 @@ class RouterBalance:
         self.totals[-3:] += torch.stack(
             (num_experts * (share_E * mean_E).sum(), sums[-2] / sums[-1], torch.ones_like(tokens[0]))
         )
-        pull_E = self.balance * num_experts * share_E
+        pull_E = self.losses.balance_loss * num_experts * share_E
         grad_TE = probabilities_TE * (pull_E - (probabilities_TE * pull_E).sum(dim=-1, keepdim=True))
-        grad_TE += 2 * self.z * log_z_T1 * probabilities_TE
+        grad_TE += 2 * self.losses.router_z_loss * log_z_T1 * probabilities_TE
         return (grad_TE * (self.scale / sums[-1])).to(scores_TE.dtype)
 
 
-def watch_routers(
-    model: Gemma4, groups: Sequence[dist.ProcessGroup], balance: float = 0.0, z: float = 0.0
-) -> list[RouterBalance]:
+def watch_routers(model: Gemma4, groups: Sequence[dist.ProcessGroup], losses: MoEConfig) -> list[RouterBalance]:
     """Give every router of a model, or of one stage of it, an observer; `groups` together make up all its ranks."""
     config, found = model.config, []
     for layer in model.layers:
         if layer.has_experts:
             assert config.num_experts
-            watched = RouterBalance(layer.spec.index, config.num_experts, groups, balance, z)
+            watched = RouterBalance(layer.spec.index, config.num_experts, groups, losses)
             layer.router.observer = watched
             found.append(watched)
     return found
@@ -100,8 +101,8 @@ def read_balance(routers: Sequence[RouterBalance], config: Any) -> dict[str, flo
     imbalance = load.amax(dim=1) / load.mean(dim=1).clamp_min(1e-9)
     found = {f"moe_imbalance/layer_{layer:02}": float(value) for layer, value in enumerate(imbalance)}
     found |= {"moe_imbalance": float(imbalance.mean()), "moe_unused_experts": float((load == 0).sum(1).double().mean())}
-    if any(router.balance for router in routers):
+    if any(router.losses.balance_loss for router in routers):
         found["moe_balance_loss"] = float((table[:, -3] / calls).mean())
-    if any(router.z for router in routers):
+    if any(router.losses.router_z_loss for router in routers):
         found["moe_router_z_loss"] = float((table[:, -2] / calls).mean())
     return found

@@ -15,6 +15,7 @@ from torchtitan.components.checkpointer.utils import canonical_fqn
 from parallel.mesh import World
 from tests.distributed import run_ranks
 from train.load_config import load_config
+from train.resolve import resolve
 from train.trainer import Trainer
 
 SMALL = [
@@ -62,7 +63,7 @@ def overrides(tmp_path: Path, *more: str, run: str = "run") -> list[str]:
 
 def train_once(arguments: list[str], world: World) -> dict[str, Any]:
     """Train on this rank; whole parameters and the position reached."""
-    trainer = Trainer(load_config(arguments), world, torch.device("cpu"))
+    trainer = Trainer(resolve(load_config(arguments), world.size), world, torch.device("cpu"))
     trainer.train()
     return {"step": trainer.progress.step, "parameters": whole_parameters(trainer.model)}
 

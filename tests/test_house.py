@@ -133,7 +133,7 @@ def test_private_names_of_torch_are_the_listed_ones() -> None:
 def test_every_config_key_is_explained() -> None:
     # here, so that a product that cannot be imported does not hide what the other guards say
     from train.config import Config
-    from train.load_config import _leaves, get
+    from train.load_config import get, leaves
 
     [schema] = [source for source in product() if source.name == "train/config.py"]
     readme, config, explained = text_of("README.md"), Config(), fields(schema.tree)
@@ -142,7 +142,7 @@ def test_every_config_key_is_explained() -> None:
     for recipe in (name for name in files() if re.fullmatch(r"configs/.*\.yaml", name)):
         named |= set(keys_of(OmegaConf.to_container(OmegaConf.load(ROOT / recipe))))
     found = {}
-    for key, _ in _leaves(Config):
+    for key, _ in leaves(Config):
         section, _, name = key.rpartition(".")
         line, has_docstring = explained.get(f"{type(get(config, section)).__name__}.{name}", (1, False))
         is_size = section == "model" and name not in ("name", "weights", "vision", "audio")

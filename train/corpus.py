@@ -9,25 +9,25 @@ from pathlib import Path
 import torch.distributed as dist
 
 from data.corpus.open import Data, Settings, Source, open_data
-from model import ConfigError, Gemma4Config, UserError
+from model import ConfigError, UserError
 from parallel.agree import from_all
 from parallel.mesh import World
-from train.config import Config
 from train.faults import StopRequest
+from train.resolve import Resolved
 
 log = logging.getLogger("gemwright")
 
 
-def prepare_data(config: Config, model: Gemma4Config, world: World, stop: StopRequest) -> Data:
+def prepare_data(run: Resolved, world: World, stop: StopRequest) -> Data:
     """Collective. Raises `UserError` for data that cannot be used, or when told to stop meanwhile."""
-    data = config.data
+    data = run.config.data
     sources = [Source(source.path, source.weight, source.format or data.format) for source in data.sources]
     sources = sources or [Source(data.source, 1, data.format)]
     settings = Settings(
-        model,
+        run.model,
         data.sequence_length,
-        config.run.seed,
-        config.tokenizer,
+        run.config.run.seed,
+        run.tokenizer,
         data.tokenizer_vocab_size,
         data.thinking,
         Path(data.cache) if data.cache else None,

@@ -33,7 +33,8 @@ import torch.distributed as dist
 
 from model import UserError
 from parallel.mesh import World, init_process_group, is_lost_rank, select_device
-from train.load_config import check_layout, load_config
+from train.load_config import load_config
+from train.resolve import resolve
 
 # How long a rank that found the same mistake as rank 0 waits for rank 0's words before it leaves.
 _COURTESY_SECONDS = 10
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(overrides)
         device = select_device(config.run.device, world)
-        check_layout(config, world.size)
+        run = resolve(config, world.size)
     except UserError as error:
         # Mostly every rank sees this one alike: rank 0 speaks, and the launcher then ends the others. One that
         # is still there after a while is alone with it, as with a folder only its own node lacks.
@@ -80,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         init_process_group(world, device)
-        Trainer(config, world, device).train()
+        Trainer(run, world, device).train()
     except UserError as error:
         _leave(world, str(error))
     except torch.OutOfMemoryError as error:

@@ -9,9 +9,9 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from data.corpus.open import Data
-from model import ConfigError, Gemma4Config
+from model import ConfigError
 from train.checkpoint import Checkpointer, read_state
-from train.config import Config
+from train.resolve import Resolved
 
 log = logging.getLogger("gemwright")
 
@@ -30,16 +30,16 @@ class Progress:
     """Modules without optimizer state."""
 
     @classmethod
-    def fresh(cls, config: Config, model: Gemma4Config, opened: Data) -> Progress:
+    def fresh(cls, run: Resolved, opened: Data) -> Progress:
         tokenizer = hashlib.sha256(opened.tokenizer_file.read_bytes()).hexdigest()
         data = {
             "corpus": opened.name,
             "tokenizer": tokenizer,
-            "sequence_length": config.data.sequence_length,
-            "seed": config.run.seed,
+            "sequence_length": run.config.data.sequence_length,
+            "seed": run.config.run.seed,
         }
-        sizes = json.loads(json.dumps(asdict(model)))  # as they are read back
-        return cls(0, 0, 0, data, sizes, list(config.frozen()))
+        sizes = json.loads(json.dumps(asdict(run.model)))  # as they are read back
+        return cls(0, 0, 0, data, sizes, list(run.frozen))
 
 
 def find_checkpoint(wanted: str, checkpointer: Checkpointer) -> Path | None:

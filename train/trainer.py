@@ -14,18 +14,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.loader import BatchLoader, StepSampler
-from model import Gemma4, Gemma4Config, UserError
+from model import Gemma4, UserError
 from model.attention_kernels import kernel_for
 from model.hf_format import Weights
 from model.init import Fill, random_fill
 from model.media import Media
 from model.precision import accumulation_dtype
 from parallel.agree import summed_counts
-from parallel.apply import Options, build_parallel_model
+from parallel.apply import build_parallel_model
 from parallel.balance import read_balance
-from parallel.mesh import World, build_mesh, compute_dtype, micro_batch_size
+from parallel.mesh import World, build_mesh, compute_dtype
 from train.checkpoint import Checkpointer, read_state
-from train.config import Config
 from train.corpus import prepare_data
 from train.engine import Engine
 from train.export import Origin, export
@@ -35,6 +34,7 @@ from train.metrics import Meter, step_line
 from train.objective import OBJECTIVES
 from train.optimizer import build_optimizer, set_learning_rate
 from train.plots import write_loss_curve
+from train.resolve import Resolved
 from train.resume import Progress, find_checkpoint, progress_from
 from train.run_folder import RunFolder
 from train.sampling import write_samples
@@ -47,15 +47,11 @@ log = logging.getLogger("gemwright")
 class Trainer:
     """One run on this process. The process group must exist; every rank builds one and calls `train`."""
 
-    def __init__(self, config: Config, world: World, device: torch.device) -> None:
-        self.config, self.world, self.device = config, world, device
+    def __init__(self, run: Resolved, world: World, device: torch.device) -> None:
+        self.run, self.world, self.device = run, world, device
+        config = self.config = run.config
+        self.model_config, self.layout = run.model, run.layout
         self.stop = StopRequest()
-        self.model_config: Gemma4Config = config.gemma4()
-        self.frozen = config.frozen()
-        self.layout = config.layout(world.size)
-        self.micro_batch_size = micro_batch_size(
-            config.train.global_batch_size, config.train.micro_batch_size, self.layout.dp, self.layout.pp
-        )
         self.dtype = compute_dtype(config.run.dtype, device)
         if config.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -65,9 +61,9 @@ class Trainer:
         self.checkpointer = Checkpointer(
             self.folder.checkpoints, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
         )
-        self.data = prepare_data(config, self.model_config, world, self.stop)
+        self.data = prepare_data(run, world, self.stop)
         checkpoint = find_checkpoint(config.run.resume, self.checkpointer)
-        self.progress = Progress.fresh(config, self.model_config, self.data)
+        self.progress = Progress.fresh(run, self.data)
         if checkpoint is not None:
             self.progress = progress_from(checkpoint, self.progress)
         self.saved_step = self.progress.step if checkpoint is not None else None
@@ -80,42 +76,32 @@ class Trainer:
             build_mesh(device, self.layout),
             device,
             self._initial_values(checkpoint),
-            Options(
-                frozen=self.frozen,
-                compute_dtype=self.dtype,
-                float8=config.float8.recipe,
-                activation_checkpoint=config.activation_checkpoint.mode,
-                activation_checkpoint_every=config.activation_checkpoint.every,
-                reshard_after_forward=config.parallel.reshard_after_forward,
-                cpu_offload=config.parallel.cpu_offload,
-                pp_schedule=config.parallel.pp_schedule,
-                pp_virtual=config.parallel.pp_virtual,
-                balance_loss=config.train.moe_balance_loss,
-                router_z_loss=config.train.moe_router_z_loss,
-                sequence_length=config.data.sequence_length,
-            ),
+            config,
+            frozen=run.frozen,
+            compute_dtype=self.dtype,
+            sequence_length=config.data.sequence_length,
         )
         self.model = self.parallel.model
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.objective = OBJECTIVES[config.train.objective](config.train)
         self.engine = Engine(self.parallel, self.objective, device, config.parallel.gradient_sync)
         if checkpoint is not None:
-            newly_trained = set(read_state(checkpoint).get("frozen", ())) - set(self.frozen)
+            newly_trained = set(read_state(checkpoint).get("frozen", ())) - set(self.run.frozen)
             self.checkpointer.load(checkpoint, self.model, self.optimizer, newly_trained=newly_trained)
         self._describe(checkpoint)
 
     def _initial_values(self, checkpoint: Path | None) -> Fill:
         """Drawn, or the slices of a released checkpoint; a resumed run reads its own checkpoint afterwards."""
         config, model = self.config, self.model_config
-        if config.weights is None or checkpoint is not None:
+        if self.run.weights is None or checkpoint is not None:
             if self.world.rank == 0 and checkpoint is not None:
                 Origin.inherit(config.origin, checkpoint)
             return random_fill(config.run.seed, model.initializer_range, model.pad_token_id)
-        log.info("weights from %s", config.weights)
-        weights = Weights(config.weights, model)
+        log.info("weights from %s", self.run.weights)
+        weights = Weights(self.run.weights, model)
         if self.world.rank == 0:
             dtypes = {name: entry.dtype for name, entry in weights.entries.items()}
-            Origin.remember(config.origin, config.weights, dtypes)
+            Origin.remember(config.origin, self.run.weights, dtypes)
         return weights.fill
 
     @property
@@ -140,7 +126,7 @@ class Trainer:
             self.progress.sequences_seen,
             config.train.steps - self.progress.step,
             config.train.global_batch_size,
-            self.micro_batch_size,
+            self.run.micro_batch_size,
             self.layout.data_rank(self.world.rank),
             self.layout.dp,
         )
@@ -178,7 +164,7 @@ class Trainer:
             speaks
             * (
                 sum(training_flops(self.model_config, inputs) for inputs in given)
-                + sum(media_flops(self.model_config, media, self.frozen) for media in parts)
+                + sum(media_flops(self.model_config, media, self.run.frozen) for media in parts)
             ),
             bool(self.stop),
             self.checkpointer.written,
@@ -299,7 +285,7 @@ class Trainer:
         parameters = sum(p.numel() for p in whole.parameters())
         log.info(
             "%s: %s parameters | %d %s ranks: %s | compute %s, masters %s",
-            config.model.weights or config.model.name,  # type: ignore[attr-defined]
+            config.model.weights or config.model.name,
             f"{parameters:,}",
             self.world.size,
             self.device.type,
@@ -309,7 +295,7 @@ class Trainer:
         )
         for name, part in whole.named_children():
             if name != "language_model" and next(part.parameters(), None) is not None:
-                log.info("%s: %s", name, "frozen" if name in self.frozen else "trained")
+                log.info("%s: %s", name, "frozen" if name in self.run.frozen else "trained")
         log.info(
             "kernels: attention %s (%d sliding layers of window %d, %d full) | experts %s | loss chunked linear "
             "cross entropy%s | products %s | activation checkpoint %s",
@@ -322,14 +308,14 @@ class Trainer:
             self.parallel.products,
             config.activation_checkpoint.mode,
         )
-        accumulation = config.train.global_batch_size // (self.micro_batch_size * self.layout.dp)
+        accumulation = config.train.global_batch_size // (self.run.micro_batch_size * self.layout.dp)
         log.info(
             "data: %s | %d sequences of %d a step, %d x %d a rank",
             self.data,
             config.train.global_batch_size,
             config.data.sequence_length,
             accumulation,
-            self.micro_batch_size,
+            self.run.micro_batch_size,
         )
         if checkpoint is not None:
             log.info("resumed from %s at step %d", checkpoint, self.progress.step)

@@ -21,6 +21,7 @@ from parallel.mesh import World, is_lost_rank
 from tests.distributed import run_ranks
 from tests.runs import losses, overrides, records, train_on, train_once
 from train.load_config import load_config
+from train.resolve import resolve
 from train.trainer import Trainer
 
 STEPS = ["train.steps=6", "schedule.name=constant", "schedule.warmup_steps=0"]
@@ -99,7 +100,7 @@ def test_other_damage_is_found_too(tmp_path: Path, harm: str) -> None:
 
     def resume(world: World) -> str:
         with pytest.raises(UserError) as caught:
-            Trainer(load_config(overrides(tmp_path, *STEPS)), world, torch.device("cpu"))
+            Trainer(resolve(load_config(overrides(tmp_path, *STEPS)), world.size), world, torch.device("cpu"))
         return str(caught.value)
 
     assert "every checkpoint" in run_ranks(1, resume)[0]
@@ -113,7 +114,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(tmp_path: Pa
 
     def no_room(world: World) -> str:
         more = ["train.steps=9", f"checkpoint.asynchronous={asynchronous}"]
-        trainer = Trainer(load_config(overrides(tmp_path, *STEPS, *more)), world, torch.device("cpu"))
+        trainer = Trainer(
+            resolve(load_config(overrides(tmp_path, *STEPS, *more)), world.size), world, torch.device("cpu")
+        )
         if world.rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # writes fail as on a full disk
         with pytest.raises(UserError) as caught:
@@ -134,7 +137,7 @@ def refused(arguments: list[str], ranks: int = 1) -> str:
 
     def start(world: World) -> str:
         with pytest.raises(UserError) as caught:
-            Trainer(load_config(arguments), world, torch.device("cpu"))
+            Trainer(resolve(load_config(arguments), world.size), world, torch.device("cpu"))
         return str(caught.value)
 
     return run_ranks(ranks, start)[0]
@@ -171,7 +174,7 @@ def test_other_data_starts_its_own_index(tmp_path: Path) -> None:
 
     def resume(world: World) -> int:
         arguments = overrides(tmp_path, *STEPS, "train.steps=8", "data.sequence_length=24")
-        trainer = Trainer(load_config(arguments), world, torch.device("cpu"))
+        trainer = Trainer(resolve(load_config(arguments), world.size), world, torch.device("cpu"))
         assert trainer.progress.step == 6
         return trainer.progress.sequences_seen
 
@@ -203,7 +206,7 @@ def test_two_jobs_do_not_train_in_one_folder(tmp_path: Path) -> None:
         with (tmp_path / "run" / ".lock").open("w") as other:
             fcntl.flock(other, fcntl.LOCK_EX)
             with pytest.raises(UserError) as caught:
-                Trainer(load_config(overrides(tmp_path, *STEPS)), world, torch.device("cpu"))
+                Trainer(resolve(load_config(overrides(tmp_path, *STEPS)), world.size), world, torch.device("cpu"))
         return str(caught.value)
 
     (tmp_path / "run").mkdir()
@@ -216,7 +219,7 @@ def test_a_folder_that_ranks_do_not_share_is_refused(tmp_path: Path, monkeypatch
     def start(world: World) -> str:
         arguments = overrides(tmp_path, *STEPS, run=f"run-{world.rank}")
         with pytest.raises(UserError) as caught:
-            Trainer(load_config(arguments), world, torch.device("cpu"))
+            Trainer(resolve(load_config(arguments), world.size), world, torch.device("cpu"))
         return str(caught.value)
 
     overrides(tmp_path)
@@ -242,7 +245,7 @@ def test_a_kill_at_any_point_of_a_save_loses_nothing(tmp_path: Path, call: str, 
     expected = train_on(1, overrides(tmp_path, *steps, run="whole"))
 
     def die(world: World) -> None:
-        trainer = Trainer(load_config(overrides(tmp_path, *steps)), world, torch.device("cpu"))
+        trainer = Trainer(resolve(load_config(overrides(tmp_path, *steps)), world.size), world, torch.device("cpu"))
         save = trainer.checkpointer.save
 
         def deadly_save(step: int, *rest: Any) -> None:

@@ -8,12 +8,13 @@ import yaml
 from model import ConfigError
 from model.variants import VARIANT_NAMES
 from train.load_config import CONFIG_FOLDER, load_config
+from train.resolve import resolve
 
 
 def test_no_arguments_is_the_tiny_model() -> None:
     config = load_config([])
     assert config.model.name == "gemma4_tiny_e4b"
-    assert config.gemma4().num_hidden_layers == 12
+    assert resolve(config, 1).model.num_hidden_layers == 12
 
 
 def test_there_is_a_variant_file_for_every_registered_name() -> None:
@@ -25,13 +26,13 @@ def test_there_is_a_variant_file_for_every_registered_name() -> None:
         assert yaml.safe_load(text)["model"]["name"] == f"gemma4_{name}"
         config = load_config([f"+variant={name}"])
         assert config.model.name == f"gemma4_{name}"
-        assert config.gemma4().vocab_size in (8192, 262_144)
+        assert resolve(config, 1).model.vocab_size in (8192, 262_144)
 
 
 def test_overrides_win_over_the_variant() -> None:
     config = load_config(["+variant=31b", "model.num_hidden_layers=4", "optimizer.lr=1e-5", "+train.steps=7"])
-    assert (config.gemma4().num_hidden_layers, config.optimizer.lr, config.train.steps) == (4, 1e-5, 7)
-    assert config.gemma4().hidden_size == 5376
+    assert (resolve(config, 1).model.num_hidden_layers, config.optimizer.lr, config.train.steps) == (4, 1e-5, 7)
+    assert resolve(config, 1).model.hidden_size == 5376
 
 
 def test_sources_are_mixed_or_one() -> None:
@@ -40,7 +41,7 @@ def test_sources_are_mixed_or_one() -> None:
     assert (books.path, books.weight, books.format) == ("books/*.txt", 3.0, None)
     assert (chats.path, chats.weight, chats.format) == ("chats.jsonl", 1.0, "chat")
     with pytest.raises(ConfigError, match=r"data\.source and data\.sources exclude each other; leave one out"):
-        load_config([both, "data.source=texts"])
+        resolve(load_config([both, "data.source=texts"]), 1)
 
 
 BAD = [
@@ -86,6 +87,6 @@ BAD = [
 @pytest.mark.parametrize(("override", "message"), BAD, ids=[override for override, _ in BAD])
 def test_bad_overrides_are_refused_in_one_line_with_the_nearest_choice(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config([override])
+        resolve(load_config([override]), 1)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -22,6 +22,7 @@ from tests.distributed import run_ranks
 from tests.report import report
 from tests.runs import losses, overrides, records, train_on
 from train.load_config import load_config
+from train.resolve import resolve
 from train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,7 +146,7 @@ def test_a_stop_before_a_step_is_done_leaves_the_step_before(tmp_path: Path, acc
     arguments = overrides(tmp_path, f"train.micro_batch_size={8 // accumulation}")
 
     def stop_in_step(world: World, at: int) -> int:
-        trainer = Trainer(load_config(arguments), world, torch.device("cpu"))
+        trainer = Trainer(resolve(load_config(arguments), world.size), world, torch.device("cpu"))
         objective, calls = trainer.engine.objective, []
 
         def counted(*args: Any) -> Any:

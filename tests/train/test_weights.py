@@ -19,6 +19,7 @@ from tests.model.multimodal import save_reference, whole_reference
 from tests.runs import losses, make_corpus, overrides, records, train_on, train_once
 from train.export import MANIFEST
 from train.load_config import load_config
+from train.resolve import resolve
 
 NAME = "gemma4_tiny_e4b"
 VOCAB = 600
@@ -98,7 +99,9 @@ def test_what_is_trained_is_what_the_optimizer_holds(
     from train.trainer import Trainer
 
     def names(world: World) -> set[str]:
-        trainer = Trainer(load_config(arguments(tmp_path, released, *more)), world, torch.device("cpu"))
+        trainer = Trainer(
+            resolve(load_config(arguments(tmp_path, released, *more)), world.size), world, torch.device("cpu")
+        )
         owned = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
         found = {name.partition(".")[0] for name, p in trainer.model.named_parameters() if id(p) in owned}
         assert "audio_tower" not in dict(trainer.model.named_children()) or "model.audio=none" not in more
@@ -151,7 +154,7 @@ def test_what_cannot_work_is_refused(more: list[str], message: str, released: Pa
 
 def test_an_encoder_that_the_variant_lacks_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"model.audio=train, but this model has no audio encoder; legal: none\.$"):
-        load_config(["+variant=tiny_31b", "model.audio=train"])
+        resolve(load_config(["+variant=tiny_31b", "model.audio=train"]), 1)
 
 
 def test_weights_are_not_trained_at_the_rate_of_a_tiny_model_from_scratch(released: Path) -> None:
@@ -162,4 +165,4 @@ def test_weights_are_not_trained_at_the_rate_of_a_tiny_model_from_scratch(releas
 
 def test_a_frozen_encoder_without_weights_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"would keep a tower of random weights; give model.weights, or set train\.$"):
-        load_config(["+variant=tiny_31b", "model.vision=freeze"])
+        resolve(load_config(["+variant=tiny_31b", "model.vision=freeze"]), 1)

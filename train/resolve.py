@@ -1,0 +1,196 @@
+"""What a config means: its weights, files, model and mesh, looked up and checked once, before anything is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from data.corpus.mixture import whole_parts
+from model import ConfigError, Gemma4Config
+from model.hf_format import WeightsError
+from model.hub import resolve as resolve_weights
+from model.media_config import AudioEmbedderConfig, VisionEmbedderConfig
+from parallel.cut import check_pipeline
+from parallel.layout import AXES, Layout, resolve_layout
+from parallel.mesh import micro_batch_size
+from train.config import ENCODERS, Config, DataConfig, ModelConfig
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A config and the facts of a run that follow from it; who has them asks neither the config nor the hub again."""
+
+    config: Config
+    model: Gemma4Config
+    """Sizes of the weights or the named variant, with the overrides that are set."""
+    weights: Path | None
+    """The folder of the checkpoint to start from."""
+    tokenizer: Path | None
+    """The `tokenizer.json` asked for, or that of the weights; None to train one."""
+    frozen: tuple[str, ...]
+    """Modules of the model that are not trained."""
+    layout: Layout
+    micro_batch_size: int
+
+
+def resolve(config: Config, world_size: int) -> Resolved:
+    """Look up what a config names, and check all that depends on more than one key.
+
+    Raises `ConfigError` or `WeightsError` with the nearest legal choice.
+    """
+    weights = _weights(config)
+    model = _model(config, weights)
+    tokenizer = _tokenizer(config, weights)
+    _check_encoders(config, model)
+    _check_training(config)
+    _check_data(config, model, tokenizer)
+    sizes = {axis: getattr(config.parallel, axis) for axis in (*AXES, "ep", "sequence_parallel")}
+    layout = resolve_layout(world_size, Layout(**sizes), model, config.data.sequence_length)
+    micro = micro_batch_size(config.train.global_batch_size, config.train.micro_batch_size, layout.dp, layout.pp)
+    if layout.pp > 1:
+        _check_pipeline(config, model, layout, micro)
+    return Resolved(config, model, weights, tokenizer, _frozen(config, model), layout, micro)
+
+
+def _weights(config: Config) -> Path | None:
+    source = config.model.weights
+    if source is None:
+        return None
+    try:
+        return resolve_weights(source)
+    except WeightsError:
+        if (config.origin / "config.json").is_file():  # the run goes on though its source is gone
+            return config.origin
+        raise
+
+
+def _model(config: Config, weights: Path | None) -> Gemma4Config:
+    own = {field.name for field in fields(Gemma4Config)} - set(ENCODERS)
+    overrides = {key: value for key, value in vars(config.model).items() if key in own and value is not None}
+    if weights is None:
+        model = Gemma4Config.from_name(config.model.name, **overrides)
+    else:
+        released = Gemma4Config.from_hf(weights)
+        _check_variant(config.model, released)
+        model = released.replace(**overrides)
+    absent = {name: None for name in ENCODERS if _training_of(config.model, name) == "none"}
+    return model.replace(**absent)
+
+
+def _tokenizer(config: Config, weights: Path | None) -> Path | None:
+    if config.data.tokenizer is not None:
+        return Path(config.data.tokenizer)
+    if weights is None:
+        return None
+    path = weights / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(f"{weights} holds no tokenizer.json; set data.tokenizer.")
+    return path
+
+
+def _training_of(model: ModelConfig, encoder: str) -> str:
+    """none | freeze | projector | train."""
+    return getattr(model, encoder) or ("none" if model.weights is None else "freeze")
+
+
+def _frozen(config: Config, model: Gemma4Config) -> tuple[str, ...]:
+    names = []
+    for encoder, tower in (("vision", "vision_tower"), ("audio", "audio_tower")):
+        sizes, mode = getattr(model, encoder), _training_of(config.model, encoder)
+        if sizes is None or mode == "train":
+            continue
+        if not isinstance(sizes, AudioEmbedderConfig):  # which is nothing but its projector
+            names.append("vision_embedder" if isinstance(sizes, VisionEmbedderConfig) else tower)
+        if mode == "freeze":
+            names.append(f"embed_{encoder}")
+    return tuple(names)
+
+
+def _check_variant(asked: ModelConfig, released: Gemma4Config) -> None:
+    """A recipe of one variant must not run on the weights of another unnoticed."""
+    if asked.name == ModelConfig().name:  # none was named
+        return
+    named = Gemma4Config.from_name(asked.name)
+    for size in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        if getattr(named, size) != getattr(released, size):
+            raise ConfigError(
+                f"model.weights={asked.weights} has {size}={getattr(released, size)}, but model.name={asked.name} has "
+                f"{getattr(named, size)}; take the variant of the weights, or none."
+            )
+
+
+def _check_encoders(config: Config, model: Gemma4Config) -> None:
+    for encoder in ENCODERS:
+        wanted = getattr(config.model, encoder)
+        if wanted not in (None, "none") and getattr(model, encoder) is None:
+            raise ConfigError(f"model.{encoder}={wanted}, but this model has no {encoder} encoder; legal: none.")
+        if wanted in ("freeze", "projector") and config.model.weights is None:
+            raise ConfigError(
+                f"model.{encoder}={wanted} would keep a tower of random weights; give model.weights, or set train."
+            )
+
+
+def _check_training(config: Config) -> None:
+    train, optimizer, schedule = config.train, config.optimizer, config.schedule
+    if config.run.dtype == "float64" and config.float8.recipe != "none":
+        raise ConfigError(
+            f"float8.recipe={config.float8.recipe} rounds what run.dtype=float64 would prove; set float8.recipe=none."
+        )
+    tail = (schedule.decay_steps or 0) if schedule.name == "wsd" else 0
+    if (schedule.warmup_steps or 0) + tail > train.steps:
+        raise ConfigError(
+            f"schedule.warmup_steps={schedule.warmup_steps} and decay take more than train.steps={train.steps}; "
+            f"largest legal warm-up: {max(train.steps - tail, 0)}."
+        )
+    if not 0.0 <= schedule.final_lr_ratio <= 1.0:
+        raise ConfigError(f"schedule.final_lr_ratio={schedule.final_lr_ratio} lies outside 0 to 1.")
+    for name in ("beta1", "beta2"):
+        if not 0.0 <= getattr(optimizer, name) < 1.0:
+            raise ConfigError(f"optimizer.{name}={getattr(optimizer, name)} lies outside 0 to 1 (1 excluded).")
+    if optimizer.eps <= 0:
+        raise ConfigError(f"optimizer.eps={optimizer.eps} must be above 0; usual: 1e-8.")
+    if train.max_grad_norm <= 0:
+        raise ConfigError(
+            f"train.max_grad_norm={train.max_grad_norm} zeroes every gradient; for no clipping set it to inf."
+        )
+    if train.sample_every and not train.sample_prompts:
+        raise ConfigError("train.sample_prompts is empty; give one, or set train.sample_every=0.")
+
+
+def _check_data(config: Config, model: Gemma4Config, tokenizer: Path | None) -> None:
+    data = config.data
+    if data.sources and data.source != DataConfig().source:
+        raise ConfigError("data.source and data.sources exclude each other; leave one out.")
+    for index, source in enumerate(data.sources):
+        if not source.path:
+            raise ConfigError(
+                f"data.sources[{index}] has no path; name a file, folder or glob, as in {{path: texts, weight: 2}}."
+            )
+    if data.sources:
+        whole_parts([source.weight for source in data.sources])
+    if data.sequence_length > model.max_position_embeddings:
+        raise ConfigError(
+            f"data.sequence_length={data.sequence_length} exceeds the model's max_position_embeddings; "
+            f"largest legal: {model.max_position_embeddings}."
+        )
+    if tokenizer is None and data.tokenizer_vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} exceeds model.vocab_size; "
+            f"largest legal: {model.vocab_size}."
+        )
+
+
+def _check_pipeline(config: Config, model: Gemma4Config, layout: Layout, micro: int) -> None:
+    if config.train.sample_every:
+        raise ConfigError(
+            f"train.sample_every={config.train.sample_every} needs every layer on each rank, unlike "
+            f"parallel.pp={layout.pp}; nearest legal: train.sample_every=0."
+        )
+    check_pipeline(
+        config.parallel.pp_schedule,
+        config.parallel.pp_virtual,
+        layout.pp,
+        model.num_hidden_layers,
+        config.train.global_batch_size // (layout.dp * micro),
+        config.float8.recipe,
+    )
