@@ -26,13 +26,7 @@ class StepSampler(Sampler[list[int]], Stateful):
     """
 
     def __init__(
-        self,
-        first_sequence: int,
-        steps: int,
-        global_batch_size: int,
-        micro_batch_size: int,
-        rank: int,
-        num_ranks: int,
+        self, first_sequence: int, steps: int, global_batch_size: int, micro_batch_size: int, rank: int, num_ranks: int
     ) -> None:
         self.sequences_seen, self.end = first_sequence, first_sequence + steps * global_batch_size
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size

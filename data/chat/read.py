@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.chat.render import MEDIA_KINDS, Rendered, render
+from data.corpus.sources import read_lines
 from model.errors import UserError
 
 FLAGS = ("enable_thinking", "preserve_thinking", "add_generation_prompt", "continue_final_message")
@@ -53,21 +53,15 @@ def located(where: str) -> Iterator[None]:
 def read_conversations(files: Iterable[Path]) -> Iterator[Conversation | PlainText]:
     """One per line of JSONL: {"messages": [...]}, with "tools" and any of `FLAGS` if wanted, or {"text": "..."}.
 
-    Other keys are left alone. Raises `ConversationError` for a line that is neither, and for contents that the chat
-    format would drop without a word.
+    Other keys are left alone. Raises `UserError` for a line that is neither, and for contents that the chat format
+    would drop without a word.
     """
     for path in files:
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _parse(line, f"{path}:{number}")
+        for where, found in read_lines(path):
+            yield _parse(found, where)
 
 
-def _parse(line: str, where: str) -> Conversation | PlainText:
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConversationError(f"{where} is not JSON ({error}); mend or drop the line.") from None
+def _parse(found: Any, where: str) -> Conversation | PlainText:
     if isinstance(found, dict) and isinstance(found.get("messages"), list):
         for i, message in enumerate(found["messages"]):
             _check_message(message, f"{where}: messages[{i}]")

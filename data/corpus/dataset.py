@@ -29,7 +29,7 @@ class PackedDataset(Dataset[Row]):
     """
 
     def __init__(self, corpus: Corpus, sequence_length: int, seed: int, config: Gemma4Config) -> None:
-        self.shard = corpus.shard
+        self.corpus, self.shard = corpus, corpus.shard
         self.sequence_length, self.seed, self.config = sequence_length, seed, config
         self.packing = corpus.packing(self.shard.lengths, sequence_length, seed)
         self._epochs: dict[int, tuple[Callable[[int], list[Piece]], Ints]] = {}
@@ -74,3 +74,9 @@ class PackedDataset(Dataset[Row]):
         images, clips = load_media(files, self.processor, self.shard.folder) if files else ((), ())
         as_tensor = torch.from_numpy
         return Row(as_tensor(tokens), as_tensor(labels), as_tensor(positions), as_tensor(documents), images, clips)
+
+    def __str__(self) -> str:
+        shard, counts, padding = self.shard, self.shard.counts, self.packing.padding
+        text = f"{shard.num_documents:,} documents, {len(shard.tokens):,} tokens, {shard.vocab_size} pieces"
+        left_out = f" | {counts}" if counts.cut or counts.too_long or counts.unsupervised else ""
+        return text + left_out + (f" | packing leaves {padding:.1%} empty" if padding else "")

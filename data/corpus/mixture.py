@@ -44,8 +44,8 @@ def whole_parts(weights: Sequence[float]) -> list[int]:
 class Mixture(Dataset[Row]):
     """`mixture[i]` is sequence i of the run: the next one, by its own order, of the dataset whose turn it is."""
 
-    def __init__(self, datasets: Sequence[Dataset[Row]], weights: Sequence[float]) -> None:
-        self.datasets, self.parts = datasets, whole_parts(weights)
+    def __init__(self, datasets: Sequence[Dataset[Row]], parts: Sequence[int]) -> None:
+        self.datasets, self.parts = datasets, parts
         self._turns, self._earlier = _period(self.parts)
 
     def locate(self, index: int) -> tuple[int, int]:

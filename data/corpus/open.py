@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from data.batch import Row
 from data.chat.documents import ChatFormat
 from data.corpus.dataset import PackedDataset
 from data.corpus.mixture import Mixture, whole_parts
-from data.corpus.prepare import Corpus, Format, prepare
+from data.corpus.prepare import Format, prepare
 from data.corpus.text import TextFormat
 from model import ConfigError, Gemma4Config
 
@@ -40,26 +40,18 @@ class Settings:
     cache: Path | None = None
 
 
-def _text(settings: Settings, tokenizer: Path | None) -> Format:
-    return TextFormat(tokenizer, settings.vocab_size)
-
-
-def _chat(settings: Settings, tokenizer: Path | None) -> Format:
-    if tokenizer is None:
-        raise ConfigError(
-            "data.format=chat needs a tokenizer; set data.tokenizer, or model.weights to a folder with one."
-        )
-    return ChatFormat(tokenizer, settings.model, settings.sequence_length, settings.thinking)
-
-
-FORMATS = {"text": _text, "chat": _chat}
+FORMATS: dict[str, Callable[[Settings], Format]] = {
+    "text": lambda settings: TextFormat(settings.tokenizer, settings.vocab_size),
+    "chat": lambda settings: ChatFormat(
+        settings.tokenizer, settings.model, settings.sequence_length, settings.thinking
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Data:
-    """The prepared corpora of a run; `dataset[i]` is sequence i of it, whatever the mesh."""
+    """The prepared sources of a run; `dataset[i]` is sequence i of it, whatever the mesh."""
 
-    corpora: list[Corpus]
     datasets: list[PackedDataset]
     dataset: Dataset[Row]
     name: str
@@ -67,30 +59,27 @@ class Data:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self.corpora[0].tokenizer
+        return self.datasets[0].corpus.tokenizer
 
     @property
     def tokenizer_file(self) -> Path:
-        return self.corpora[0].folder / "tokenizer.json"
+        return self.datasets[0].corpus.folder / "tokenizer.json"
 
     def __str__(self) -> str:
-        return " + ".join(map(_describe, self.corpora, self.datasets))
+        return " + ".join(map(str, self.datasets))
 
 
 def open_data(sources: Sequence[Source], settings: Settings) -> Data:
     """Prepare the sources, unless the cache has them. Raises `UserError` for what cannot be used."""
-    corpora: list[Corpus] = []
-    tokenizer = settings.tokenizer
-    for source in sources:
-        corpora.append(prepare(source.path, FORMATS[source.format](settings, tokenizer), settings.cache))
-        tokenizer = tokenizer or corpora[0].folder
-    _check_vocabulary(corpora[0].shard.vocab_size, settings.model)
-    datasets = [PackedDataset(corpus, settings.sequence_length, settings.seed, settings.model) for corpus in corpora]
-    if len(corpora) == 1:
-        return Data(corpora, datasets, datasets[0], corpora[0].folder.name)
-    weights = [source.weight for source in sources]
-    names = [f"{part} x {corpus.folder.name}" for part, corpus in zip(whole_parts(weights), corpora, strict=True)]
-    return Data(corpora, datasets, Mixture(datasets, weights), " + ".join(names))
+    datasets, names = [], []
+    parts = whole_parts([source.weight for source in sources])
+    for source, part in zip(sources, parts, strict=True):
+        corpus = prepare(source.path, FORMATS[source.format](settings), settings.cache)
+        settings = replace(settings, tokenizer=settings.tokenizer or corpus.folder)
+        datasets.append(PackedDataset(corpus, settings.sequence_length, settings.seed, settings.model))
+        names.append(f"{part} x {corpus.folder.name}" if len(parts) > 1 else corpus.folder.name)
+    _check_vocabulary(datasets[0].shard.vocab_size, settings.model)
+    return Data(datasets, Mixture(datasets, parts) if len(parts) > 1 else datasets[0], " + ".join(names))
 
 
 def _check_vocabulary(found: int, model: Gemma4Config) -> None:
@@ -102,13 +91,3 @@ def _check_vocabulary(found: int, model: Gemma4Config) -> None:
             f"the tokenizer has {found} pieces, more than the model's vocabulary of {legal}; "
             "give a smaller tokenizer or a larger model.vocab_size and model.vocab_size_per_layer_input."
         )
-
-
-def _describe(corpus: Corpus, dataset: PackedDataset) -> str:
-    shard, counts = corpus.shard, corpus.shard.counts
-    text = f"{shard.num_documents:,} documents, {len(shard.tokens):,} tokens, {shard.vocab_size} pieces"
-    if counts.cut or counts.too_long or counts.unsupervised:
-        text += f" | {counts}"
-    if dataset.packing.padding:
-        text += f" | packing leaves {dataset.packing.padding:.1%} empty"
-    return text

@@ -1,12 +1,11 @@
 """Which pieces of which documents make up each sequence: `Split` for texts, `Whole` for conversations.
 
-A packing knows the lengths of documents and nothing else of them. How many sequences an epoch has follows from the
-lengths and the seed alone, so all epochs have as many; which document stands where is drawn anew for each.
+A packing knows the lengths of documents and nothing else of them. All epochs have as many sequences; which document
+stands where is drawn anew for each.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from functools import partial
@@ -31,23 +30,10 @@ class Piece(NamedTuple):
     stop: int
 
 
-class Packing(ABC):
-    """The pieces of each of the sequences of an epoch."""
-
-    sequences_per_epoch: int
-    padding: float = 0.0
-    """Share of all tokens that is padding."""
-
-    @abstractmethod
-    def __init__(self, lengths: Ints, sequence_length: int, seed: int) -> None: ...
-
-    @abstractmethod
-    def epoch(self, shuffled: Ints) -> Callable[[int], list[Piece]]:
-        """The pieces of sequence i of an epoch whose documents come in this order."""
-
-
-class Split(Packing):
+class Split:
     """Documents end to end, cut into sequences: one may run over the end of a sequence. The tail is dropped."""
+
+    padding = 0.0
 
     def __init__(self, lengths: Ints, sequence_length: int, seed: int) -> None:
         self.lengths, self.sequence_length = lengths, sequence_length
@@ -57,6 +43,7 @@ class Split(Packing):
         self.sequences_per_epoch = max(1, self.num_tokens // sequence_length)
 
     def epoch(self, shuffled: Ints) -> Callable[[int], list[Piece]]:
+        """The pieces of each sequence of an epoch whose documents come in this order."""
         return partial(self._pieces, shuffled, np.cumsum(self.lengths[shuffled]))
 
     def _pieces(self, documents: Ints, ends: Ints, sequence: int) -> list[Piece]:
@@ -72,7 +59,7 @@ class Split(Packing):
         return pieces
 
 
-class Whole(Packing):
+class Whole:
     """Documents that are never cut, several to a sequence, which ends in padding.
 
     The sizes that share a sequence are the same in each epoch; which document of a size takes which place is not.
@@ -102,6 +89,9 @@ class Whole(Packing):
     def _pieces(self, documents: Ints, sequence: int) -> list[Piece]:
         places = self.places[self.ends[sequence] : self.ends[sequence + 1]]
         return [Piece(document, 0, int(self.lengths[document])) for document in documents[places].tolist()]
+
+
+Packing: TypeAlias = Split | Whole
 
 
 def best_fit(sizes: Ints, capacity: int, order: Ints) -> list[list[int]]:

@@ -11,46 +11,24 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TypeAlias
 
 from tokenizers import Tokenizer
 
+from data.chat.documents import ChatFormat
 from data.corpus.packing import Packing
-from data.corpus.shards import Counts, Document, Shard, write_shard
+from data.corpus.shards import Counts, Shard, write_shard
 from data.corpus.sources import PYTHON_STDLIB, SourceError
+from data.corpus.text import TextFormat
 from data.tokenizer import load_tokenizer
 
 _VERSION = 1
 """Goes up when the same files get other tokens, so that nothing stale is read from a cache."""
 
-
-class Format(Protocol):
-    """A kind of source, and how documents are made of it."""
-
-    @property
-    def tokenizer(self) -> Path | None: ...
-
-    @property
-    def packing(self) -> type[Packing]: ...
-
-    @property
-    def fix(self) -> str:
-        """What to do about a source that leaves nothing to train on."""
-
-    def files(self, source: str) -> list[Path]: ...
-
-    def settings(self, files: list[Path]) -> str:
-        """All that decides the documents of these files, beside the tokenizer and their contents."""
-
-    def make_tokenizer(self, files: list[Path]) -> Tokenizer: ...
-
-    def check(self, tokenizer: Tokenizer) -> None:
-        """Raises `TokenizerError` for one that does not fit the model."""
-
-    def documents(self, files: list[Path], tokenizer: Tokenizer, counts: Counts) -> Iterator[Document]: ...
+Format: TypeAlias = TextFormat | ChatFormat
 
 
 @dataclass(frozen=True)

@@ -64,35 +64,22 @@ def write_shard(folder: Path, documents: Iterable[Document], vocab_size: int, co
 
     Only one document is held at a time; `counts` is read when all are written.
     """
-    dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-    offsets, ends = [0], [0]
+    dtype, offsets, ends = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32), [0], [0]
     with (folder / _TOKENS).open("wb") as tokens, (folder / _DETAILS).open("wb") as details:
         for document in documents:
             tokens.write(np.asarray(document.ids, dtype=dtype).tobytes())
             offsets.append(offsets[-1] + len(document.ids))
-            ends.append(ends[-1] + details.write(_details_line(document)))
+            line = {"supervised": document.supervised, "media": [asdict(file) for file in document.media]}
+            is_text = document == Document.text(document.ids)
+            ends.append(ends[-1] + (0 if is_text else details.write(json.dumps(line).encode() + b"\n")))
     np.save(folder / _OFFSETS, np.asarray(offsets, dtype=np.int64))
     if ends[-1]:
         np.save(folder / _ENDS, np.asarray(ends, dtype=np.int64))
     else:
         (folder / _DETAILS).unlink()
-    meta = {
-        "dtype": dtype.name,
-        "documents": len(offsets) - 1,
-        "tokens": offsets[-1],
-        "vocab_size": vocab_size,
-        "details": ends[-1],
-        "counts": asdict(counts),
-    }
+    meta = {"dtype": dtype.name, "documents": len(offsets) - 1, "tokens": offsets[-1], "vocab_size": vocab_size}
+    meta |= {"details": ends[-1], "counts": asdict(counts)}
     (folder / _META).write_text(json.dumps(meta))
-
-
-def _details_line(document: Document) -> bytes:
-    """Nothing for plain text."""
-    if document == Document.text(document.ids):
-        return b""
-    line = {"supervised": document.supervised, "media": [asdict(file) for file in document.media]}
-    return json.dumps(line).encode() + b"\n"
 
 
 class Shard:
@@ -128,17 +115,12 @@ class Shard:
     def lengths(self) -> NDArray[np.int64]:
         return np.diff(self.offsets)
 
-    def ids(self, index: int, start: int, stop: int) -> NDArray[np.int64]:
-        """Tokens [start, stop) of a document, which may end before `stop`."""
-        first, end = self.offsets[index], self.offsets[index + 1]
-        return np.asarray(self.tokens[first + start : min(first + stop, end)], dtype=np.int64)
-
     def document(self, index: int, start: int = 0, stop: int | None = None) -> Document:
         """A document of which only tokens [start, stop) are read; what is supervised still counts from its start."""
-        length = int(self.offsets[index + 1] - self.offsets[index])
-        ids = self.ids(index, start, length if stop is None else stop)
+        first, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        ids = self.tokens[first + start : end if stop is None else min(first + stop, end)].astype(np.int64)
         line = bytes(self._details[self._ends[index] : self._ends[index + 1]])
         if not line:
-            return Document(ids, [[1, length]])
+            return Document(ids, [[1, end - first]])
         details: dict[str, Any] = json.loads(line)
         return Document(ids, details["supervised"], [MediaFile(**file) for file in details["media"]])

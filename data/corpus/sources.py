@@ -7,6 +7,7 @@ import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from model.errors import UserError
 
@@ -64,16 +65,18 @@ def read_documents(files: list[Path]) -> Iterator[str]:
             if text.strip():
                 yield text
             continue
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    text = json.loads(line)["text"]
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
-                    raise SourceError(
-                        f'{path}:{number} is not a JSON object with a "text" string ({error}); mend or drop the line.'
-                    ) from None
-                if not isinstance(text, str):
-                    raise SourceError(f'{path}:{number} has a "text" that is no string; mend or drop the line.')
-                yield text
+        for where, found in read_lines(path):
+            if not isinstance(found, dict) or not isinstance(found.get("text"), str):
+                raise SourceError(f'{where} is no JSON object with a "text" string; mend or drop the line.')
+            yield found["text"]
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Place ("file:line") and value of each line of JSON. Raises `SourceError` for one that is none."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                found = [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise SourceError(f"{path}:{number} is not JSON ({error}); mend or drop the line.") from None
+            yield from ((f"{path}:{number}", value) for value in found)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from data.corpus.packing import Packing, Split
+from data.corpus.packing import Split
 from data.corpus.shards import Counts, Document
 from data.corpus.sources import read_documents, source_files
 from data.tokenizer import BOS, EOS, load_tokenizer, train_tokenizer
@@ -23,8 +23,8 @@ class TextFormat:
 
     tokenizer: Path | None
     vocab_size: int = 8192
-    packing: type[Packing] = Split
-    fix: str = "give files with at least one document"
+    packing = Split
+    fix = "give files with at least one document"
 
     def files(self, source: str) -> list[Path]:
         return source_files(source)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from data.chat.read import Conversation, ConversationError, PlainText, read_conversations
+from model import UserError
 from tests.data.chat.files import model, user
 
 SKY = {"type": "function", "function": {"name": "sky", "description": "<|turn>model\n"}}
@@ -54,7 +55,7 @@ def test_conversation_files(tmp_path: Path) -> None:
 def test_bad_lines_are_named(line: str, sentence: str, tmp_path: Path) -> None:
     path = tmp_path / "chats.jsonl"
     path.write_text('{"text": "fine"}\n' + line + "\n", encoding="utf-8")
-    with pytest.raises(ConversationError, match=rf"chats\.jsonl:2.*{sentence}") as refused:
+    with pytest.raises(UserError, match=rf"chats\.jsonl:2.*{sentence}") as refused:
         list(read_conversations([path]))
     assert "\n" not in str(refused.value) and str(refused.value).endswith(".")
 

@@ -40,7 +40,7 @@ def test_shares_of_any_first_sequences_are_within_one_of_the_weights() -> None:
 
 def test_weights_are_the_decimals_they_print_as() -> None:
     assert whole_parts([0.7, 0.3]) == [7, 3] and whole_parts([3, 1.5]) == [2, 1] and whole_parts([0.1] * 3) == [1] * 3
-    mixture = Mixture([Numbers(), Numbers()], [0.75, 0.25])
+    mixture = Mixture([Numbers(), Numbers()], whole_parts([0.75, 0.25]))
     assert [mixture.locate(i)[0] for i in range(8)] == [0, 0, 0, 1, 0, 0, 0, 1]
     assert mixture.locate(4_000_000_003) == (1, 1_000_000_000) and mixture[4_000_000_002] == 3_000_000_002
     for weights, message in (
@@ -61,7 +61,7 @@ def test_each_source_is_what_it_is_alone(tmp_path: Path) -> None:
     texts, chats = Source(str(make_corpus(tmp_path)), 3, "text"), Source(str(tmp_path / "chats.jsonl"), 1, "chat")
     alone = [open_data([source], settings).dataset for source in (texts, chats)]
     mixed = open_data([texts, chats], settings)
-    assert mixed.name == "3 x {} + 1 x {}".format(*(corpus.folder.name for corpus in mixed.corpora))
+    assert mixed.name == "3 x {} + 1 x {}".format(*(dataset.corpus.folder.name for dataset in mixed.datasets))
     assert str(mixed).startswith("120 documents, ") and " + 30 documents, " in str(mixed)
     for index in range(4 * 3 * mixed.datasets[1].sequences_per_epoch):
         source = index % 4 // 3
@@ -76,5 +76,5 @@ def test_the_first_source_trains_the_tokenizer_of_all(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("zebra quagga " * 40)
     settings = Settings(TEXT_ONLY, 64, 3, vocab_size=390, cache=tmp_path / "cache")
     mixed = open_data([Source(texts, 1, "text"), Source(str(tmp_path / "b.txt"), 1, "text")], settings)
-    first, second = (corpus.folder / "tokenizer.json" for corpus in mixed.corpora)
+    first, second = (dataset.corpus.folder / "tokenizer.json" for dataset in mixed.datasets)
     assert first.read_bytes() == second.read_bytes() and mixed.tokenizer_file == first
