@@ -20,10 +20,11 @@ from model import Gemma4Config
 from model.head import Head
 from model.init import random_fill
 from parallel.agree import from_all
-from parallel.apply import Options, build_parallel_model
+from parallel.apply import build_parallel_model
 from parallel.embedding_shards import ShardedRows
 from parallel.layout import Layout
 from parallel.mesh import World, build_mesh, init_process_group
+from parallel.options import ActivationCheckpointConfig, PlanConfig
 from parallel.sequence_parallel import TensorParallel
 from parallel.sharded import local_part
 from parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
@@ -34,13 +35,14 @@ CPU = torch.device("cpu")
 RANKS = 4
 LENGTH, VOCAB, WIDTH, TOKENS, TABLE = 16_384, 262_144, 256, 2048, 2048
 _MIB = 1 << 20
+RECOMPUTED = PlanConfig(activation_checkpoint=ActivationCheckpointConfig(mode="full"))
 
 
 def context(size: int) -> Callable[[], object]:
     """One forward and backward of tiny 31B over one sequence."""
     config = Gemma4Config.from_name("tiny_31b", vision=None, vocab_size=512, max_position_embeddings=LENGTH)
     mesh = build_mesh(CPU, Layout(cp=size))
-    parallel = build_parallel_model(config, mesh, CPU, random_fill(0, 0.02, 0), Options(activation_checkpoint="full"))
+    parallel = build_parallel_model(config, mesh, CPU, random_fill(0, 0.02, 0), RECOMPUTED)
     engine = Engine(parallel, CrossEntropy(), CPU)
     tokens = torch.randint(3, 500, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     batch = Batch.make(config, tokens, tokens, torch.arange(LENGTH)[None], torch.zeros_like(tokens))

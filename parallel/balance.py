@@ -37,11 +37,8 @@ class RouterBalance:
 
     def __call__(self, scores_TE: Tensor, indices_Tk: Tensor) -> None:
         """Count the choices, and add the gradients of the losses to that of the scores."""
-        wants_losses = (
-            (self.losses.balance_loss or self.losses.router_z_loss)
-            and torch.is_grad_enabled()
-            and scores_TE.requires_grad
-        )
+        wanted = self.losses.balance_loss or self.losses.router_z_loss
+        wants_losses = wanted and torch.is_grad_enabled() and scores_TE.requires_grad
         with torch.no_grad():
             # Unlike a bincount, this does not make the host wait for a GPU.
             chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, indices_Tk, True)

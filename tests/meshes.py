@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -19,11 +19,12 @@ from torchtitan.components.checkpointer.utils import canonical_fqn
 from data.batch import IGNORE, Batch, Row, collate
 from model import ConfigError, Gemma4, Gemma4Config
 from model.init import Fill, Slice, random_fill, whole_slices
-from parallel.apply import Options, build_parallel_model
+from parallel.apply import build_parallel_model
 from parallel.cut import check_pipeline
 from parallel.grad_norm import num_holders
 from parallel.layout import Layout, resolve_layout
 from parallel.mesh import Mesh, World, build_mesh, micro_batch_size
+from parallel.options import PlanConfig
 from tests.compare import hold, relative_error
 from tests.distributed import run_ranks
 from train.config import OptimizerConfig
@@ -59,7 +60,7 @@ class Case:
     variant: str
     layout: Layout = ONE_RANK
     options: tuple[tuple[str, Any], ...] = ()
-    """Fields of `parallel.apply.Options`."""
+    """Keys of `parallel.options.PlanConfig` and their values."""
     sizes: tuple[tuple[str, Any], ...] = ()
     """Fields of the model that differ from `SMALL`."""
     batch_size: int = 8
@@ -117,6 +118,16 @@ class Errors:
         hold(f"{kind}: gradients", self.gradient, self.bound, (*where, self.worst))
 
 
+def plans(options: Mapping[str, Any]) -> PlanConfig:
+    """Plans with values for some dotted keys."""
+    found = PlanConfig()
+    for key, value in options.items():
+        section, name = key.split(".")
+        assert hasattr(getattr(found, section), name), key
+        setattr(getattr(found, section), name, value)
+    return found
+
+
 def check(case: Case) -> None:
     """Raises `ConfigError` where the pipeline of a case cannot run."""
     layout, options = case.layout, dict(case.options)
@@ -129,8 +140,8 @@ def check(case: Case) -> None:
             // micro_batch_size(case.batch_size, case.micro_batch_size, layout.dp, layout.pp)
         )
         check_pipeline(
-            options.get("pp_schedule", "1f1b"),
-            options.get("pp_virtual", 2),
+            options.get("parallel.pp_schedule", "1f1b"),
+            options.get("parallel.pp_virtual", 2),
             layout.pp,
             case.config.num_hidden_layers,
             count,
@@ -150,7 +161,7 @@ def run(case: Case) -> Errors:
 
 def run_all(cases: Sequence[Case]) -> list[Errors]:
     """Cases on the same number of ranks, one after the other, for one start of them."""
-    if any(dict(case.options).get("activation_checkpoint", "none") != "none" for case in cases):
+    if any(dict(case.options).get("activation_checkpoint.mode", "none") != "none" for case in cases):
         import torchtitan.distributed.activation_checkpoint  # noqa: F401  once here, not in every rank
     expected = [reference(case.reference_key) for case in cases]
     (ranks,) = {case.layout.world_size for case in cases}
@@ -251,7 +262,9 @@ def train(case: Case, world: World, expected: Run) -> Errors:
         mesh,
         CPU,
         initial_values(case.seed),
-        Options(sequence_length=case.length, compute_dtype=case.dtype, **dict(case.options)),
+        plans(dict(case.options)),
+        compute_dtype=case.dtype,
+        sequence_length=case.length,
     )
     optimizer = build_optimizer(parallel.model, OptimizerConfig(lr=LEARNING_RATES[case.dtype]))
     engine = Engine(parallel, CrossEntropy(), CPU, case.gradient_sync)

@@ -89,11 +89,11 @@ def _draw_layout(draw: random.Random, variant: str) -> Layout:
 
 def _draw_options(draw: random.Random) -> tuple[tuple[str, Any], ...]:
     return (
-        ("activation_checkpoint", draw.choice(("none", "none", "full", "selective"))),
-        ("activation_checkpoint_every", draw.choice((1, 2))),
-        ("reshard_after_forward", draw.random() < 0.7),
-        ("pp_schedule", draw.choice(("1f1b", "interleaved", "zero_bubble"))),
-        ("pp_virtual", 2),
+        ("activation_checkpoint.mode", draw.choice(("none", "none", "full", "selective"))),
+        ("activation_checkpoint.every", draw.choice((1, 2))),
+        ("parallel.reshard_after_forward", draw.random() < 0.7),
+        ("parallel.pp_schedule", draw.choice(("1f1b", "interleaved", "zero_bubble"))),
+        ("parallel.pp_virtual", 2),
     )
 
 

@@ -94,10 +94,8 @@ def leaves(schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted names and types of every key."""
     own = get_type_hints(schema)
     # Overrides of the model are made by name, with types that are no text to be looked up.
-    hints = {
-        f.name: f.type if isinstance(f.type, type | UnionType) else own[f.name] for f in dataclasses.fields(schema)
-    }
-    for name, hint in hints.items():
+    for field in dataclasses.fields(schema):
+        name, hint = field.name, own[field.name] if isinstance(field.type, str) else field.type
         if dataclasses.is_dataclass(hint):
             yield from leaves(hint, f"{prefix}{name}.")
         else:

@@ -10,6 +10,7 @@ from torchtitan.components.checkpointer.utils import canonical_fqn
 from model import Gemma4, Gemma4Config
 from model.head import linear_cross_entropy
 from parallel.activation_checkpoint import apply_activation_checkpoint
+from parallel.options import ActivationCheckpointConfig
 from tests.model.multimodal import make_example
 from tests.report import report
 
@@ -21,7 +22,7 @@ def step(name: str, mode: str, every: int) -> tuple[dict[str, Tensor], int]:
     config = Gemma4Config.from_name(name)
     model = Gemma4(config)
     model.init_weights(torch.Generator().manual_seed(0))
-    apply_activation_checkpoint(model, mode, every)
+    apply_activation_checkpoint(model, ActivationCheckpointConfig(mode, every))
     example = make_example(config, [[60, ("image", 2, 2), 40], [90]], seed=0)
     keep = example.labels_BS != -100
     kept: dict[int, int] = {}

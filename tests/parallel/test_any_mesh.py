@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from parallel.apply import Options, build_parallel_model
+from parallel.apply import build_parallel_model
 from parallel.layout import Layout
 from parallel.mesh import World, build_mesh
 from tests.compare import hold
@@ -46,8 +46,8 @@ class Running:
     def __init__(self, variant: str, layout: Layout, world: World, seed: int) -> None:
         self.case, self.rank = Case(variant, layout, seed=seed), world.rank
         mesh = build_mesh(CPU, layout)
-        options = Options(sequence_length=self.case.length, compute_dtype=self.case.dtype)
-        self.parallel = build_parallel_model(self.case.config, mesh, CPU, initial_values(seed), options)
+        about = {"sequence_length": self.case.length, "compute_dtype": self.case.dtype}
+        self.parallel = build_parallel_model(self.case.config, mesh, CPU, initial_values(seed), **about)
         self.optimizer = build_optimizer(self.parallel.model, OptimizerConfig(lr=LEARNING_RATES[self.case.dtype]))
         self.engine = Engine(self.parallel, CrossEntropy(), CPU)
 

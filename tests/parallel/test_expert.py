@@ -13,6 +13,7 @@ from parallel.balance import RouterBalance, read_balance
 from parallel.expert import ParallelExperts
 from parallel.layout import Layout
 from parallel.mesh import World, build_mesh
+from parallel.options import MoEConfig
 from parallel.sequence_parallel import TensorParallel
 from parallel.sharded import local_part
 from tests.compare import relative_error
@@ -121,7 +122,7 @@ def test_router_losses_are_means_over_all_ranks() -> None:
 
     def on_rank(world: World) -> tuple[Tensor, dict[str, float]]:
         made = router()
-        made.observer = RouterBalance(0, EXPERTS, [dist.group.WORLD], balance, z)  # type: ignore[list-item]
+        made.observer = RouterBalance(0, EXPERTS, [dist.group.WORLD], MoEConfig(balance, z))  # type: ignore[list-item]
         weights, _ = made(tokens_of(world.rank, "router", counts[world.rank])[0])
         (weights.sum() * 0).backward()  # the objective does not matter: the losses enter by themselves
         grad = made.proj.weight.grad
@@ -150,5 +151,5 @@ def test_nothing_is_added_where_no_loss_is_asked_for() -> None:
     model = Gemma4(CONFIG)
     scores = torch.randn(4, EXPERTS, requires_grad=True) * 1
     assert model.layers[0].router.observer is None
-    RouterBalance(0, EXPERTS, [], 0.0, 0.0)(scores, scores.topk(TOP_K).indices)
+    RouterBalance(0, EXPERTS, [], MoEConfig())(scores, scores.topk(TOP_K).indices)
     assert not scores._backward_hooks

@@ -25,13 +25,14 @@ from model.init import Slice, random_fill, whole_slices
 from model.linear import Linear
 from model.moe import Experts
 from parallel.activation_checkpoint import apply_activation_checkpoint
-from parallel.apply import Options, build_parallel_model
+from parallel.apply import build_parallel_model
 from parallel.float8 import apply_float8, float8_grouped_mm, float8_product, rounded
 from parallel.layout import Layout
 from parallel.mesh import World, build_mesh
+from parallel.options import ActivationCheckpointConfig
 from tests.compare import hold
 from tests.distributed import run_ranks
-from tests.meshes import CPU, VARIANTS, whole_gradients
+from tests.meshes import CPU, VARIANTS, plans, whole_gradients
 from tests.report import report
 
 RECIPES = ("tensorwise", "rowwise")
@@ -107,7 +108,7 @@ def trained(variant: str, recipe: str, dtype: torch.dtype, checkpoint: str = "no
     """Loss and gradients of a model without other plans."""
     model = build(variant, dtype)
     apply_float8(model, recipe)
-    apply_activation_checkpoint(model, checkpoint)
+    apply_activation_checkpoint(model, ActivationCheckpointConfig(mode=checkpoint))
     return float(backward(model)), whole_gradients(model)
 
 
@@ -275,8 +276,9 @@ def test_a_mesh_equals_one_rank() -> None:
         found = []
         for variant, layout in MESHES:
             if layout.world_size == world.size:
-                options = Options(float8="rowwise", activation_checkpoint="full", compute_dtype=torch.float64)
-                parallel = build_parallel_model(configs[variant], build_mesh(CPU, layout), CPU, fill, options)
+                options = plans({"float8.recipe": "rowwise", "activation_checkpoint.mode": "full"})
+                mesh, dtype = build_mesh(CPU, layout), torch.float64
+                parallel = build_parallel_model(configs[variant], mesh, CPU, fill, options, compute_dtype=dtype)
                 share = len(batch()[0]) // layout.dp
                 start = layout.data_rank(world.rank) * share
                 with patch.object(torch.Tensor, "float", torch.Tensor.double):

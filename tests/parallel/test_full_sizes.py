@@ -12,9 +12,10 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from model import Gemma4Config
-from parallel.apply import Options, build_parallel_model
+from parallel.apply import build_parallel_model
 from parallel.layout import Layout, resolve_layout
 from parallel.mesh import build_mesh
+from tests.meshes import plans
 from tests.report import report
 
 LENGTH = 8192
@@ -33,13 +34,16 @@ CASES = [
 def test_every_rank_holds_its_share(variant: str, layout: Layout) -> None:
     config = Gemma4Config.from_name(variant)
     resolve_layout(layout.world_size, layout, config, LENGTH)
-    options = Options(compute_dtype=torch.bfloat16, activation_checkpoint="full", sequence_length=LENGTH)
+    options = plans({"activation_checkpoint.mode": "full"})
     shares = []
     for rank in (0, layout.world_size - 1):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
         try:
             mesh = build_mesh(torch.device("cpu"), layout)
-            model = build_parallel_model(config, mesh, torch.device("meta"), lambda slices: None, options).model
+            about = {"compute_dtype": torch.bfloat16, "sequence_length": LENGTH}
+            model = build_parallel_model(
+                config, mesh, torch.device("meta"), lambda slices: None, options, **about
+            ).model
         finally:
             dist.destroy_process_group()
         parameters = list(model.parameters())

@@ -13,13 +13,13 @@ from data.batch import Batch
 from model import Gemma4, Gemma4Config
 from model.init import random_fill, whole_slices
 from model.media import Media
-from parallel.apply import Options, build_parallel_model
+from parallel.apply import build_parallel_model
 from parallel.fsdp import require_gradient_sync
 from parallel.layout import Layout
 from parallel.mesh import World, build_mesh
 from tests.compare import hold, relative_error
 from tests.distributed import run_ranks
-from tests.meshes import Case, gradient_errors, share_of, whole_gradients
+from tests.meshes import Case, gradient_errors, plans, share_of, whole_gradients
 from tests.model.multimodal import make_example
 from tests.report import report
 from train.engine import Engine, media_of_all_ranks
@@ -75,13 +75,13 @@ def backward(model: Gemma4, batch: Batch, others: list[Batch]) -> Tensor:
     ("name", "ranks", "frozen", "options"),
     [
         *((name, 2, (), {}) for name in VARIANTS),
-        ("gemma4_tiny_e4b", 3, (), {"activation_checkpoint": "full"}),
+        ("gemma4_tiny_e4b", 3, (), {"activation_checkpoint.mode": "full"}),
         ("gemma4_tiny_e4b", 2, (), {"sync": "every"}),
-        ("gemma4_tiny_e4b", 2, (), {"cpu_offload": True}),
+        ("gemma4_tiny_e4b", 2, (), {"parallel.cpu_offload": True}),
         ("gemma4_tiny_e4b", 2, (), {"compute_dtype": torch.bfloat16}),
         ("gemma4_tiny_e4b", 2, ("vision_tower", "audio_tower", "embed_audio"), {}),
         ("gemma4_tiny_12b", 3, ("vision_embedder",), {}),
-        ("gemma4_tiny_31b", 2, ("vision_tower", "embed_vision"), {"activation_checkpoint": "full"}),
+        ("gemma4_tiny_31b", 2, ("vision_tower", "embed_vision"), {"activation_checkpoint.mode": "full"}),
     ],
     ids=str,
 )
@@ -96,8 +96,9 @@ def test_media_on_some_ranks_give_the_gradients_of_one_process(
     def run(world: World) -> tuple[float, dict[str, Tensor]]:
         fill = random_fill(3, 0.2, 0)
         mesh = build_mesh(CPU, Layout(dp_shard=world.size))
-        wanted = Options(frozen=frozen, **{"compute_dtype": torch.float64} | options)
-        model = build_parallel_model(config, mesh, CPU, fill, wanted).model
+        wanted = plans({key: value for key, value in options.items() if key != "compute_dtype"})
+        dtype = options.get("compute_dtype", torch.float64)
+        model = build_parallel_model(config, mesh, CPU, fill, wanted, frozen=frozen, compute_dtype=dtype).model
         total = torch.zeros((), dtype=torch.float64)
         accumulation = len(data) // world.size
         for step in range(accumulation):
@@ -149,7 +150,7 @@ def test_a_batch_of_text_touches_no_encoder() -> None:
     ("name", "layout", "options"),
     [
         ("gemma4_tiny_e4b", Layout(tp=2), {}),
-        ("gemma4_tiny_e4b", Layout(cp=2), {"activation_checkpoint": "full"}),
+        ("gemma4_tiny_e4b", Layout(cp=2), {"activation_checkpoint.mode": "full"}),
         ("gemma4_tiny_e2b", Layout(pp=2, dp_shard=2), {}),
         ("gemma4_tiny_12b", Layout(cp=2, tp=2), {}),
         ("gemma4_tiny_31b", Layout(dp_shard=2, tp=2, sequence_parallel=False), {}),
@@ -165,8 +166,8 @@ def test_media_on_any_mesh_give_the_gradients_of_one_process(
 
     def run(world: World, layout: Layout) -> dict[str, float]:
         mesh, fill = build_mesh(CPU, layout), random_fill(3, 0.1, 0)
-        wanted = Options(sequence_length=48, compute_dtype=torch.float64, **options)
-        parallel = build_parallel_model(config, mesh, CPU, fill, wanted)
+        about = {"sequence_length": 48, "compute_dtype": torch.float64}
+        parallel = build_parallel_model(config, mesh, CPU, fill, plans(options), **about)
         mine = data[layout.data_rank(world.rank) :: layout.dp]
         flags = [
             tuple(any(found) for found in zip(*map(present, data[step : step + layout.dp]), strict=True))
@@ -192,7 +193,7 @@ def test_a_pipeline_whose_towers_see_nothing_goes_on() -> None:
 
     def on_rank(world: World) -> float:
         mesh = build_mesh(CPU, case.layout)
-        parallel = build_parallel_model(case.config, mesh, CPU, random_fill(0, 0.1, 0), Options(sequence_length=32))
+        parallel = build_parallel_model(case.config, mesh, CPU, random_fill(0, 0.1, 0), sequence_length=32)
         engine, total = Engine(parallel, CrossEntropy(), CPU), 0.0
         for step in range(2):
             engine.forward_backward(share_of(case, step, case.layout, world.rank), 100)
@@ -210,7 +211,7 @@ def test_images_may_come_after_text_in_bfloat16(name: str) -> None:
 
     def run(order: list[Batch]) -> dict[str, Tensor]:
         mesh, fill = build_mesh(CPU, Layout()), random_fill(3, 0.02, 0)
-        parallel = build_parallel_model(config, mesh, CPU, fill, Options(compute_dtype=torch.bfloat16))
+        parallel = build_parallel_model(config, mesh, CPU, fill, compute_dtype=torch.bfloat16)
         engine = Engine(parallel, CrossEntropy(), CPU)
         engine.forward_backward(order, 50)
         return whole_gradients(parallel.model)

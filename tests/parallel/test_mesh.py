@@ -9,11 +9,12 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from model import ConfigError, Gemma4, Gemma4Config
 from model.init import random_fill
-from parallel.apply import Options, build_parallel_model
+from parallel.apply import build_parallel_model
 from parallel.grad_norm import clip_grad_norm
 from parallel.layout import Layout
 from parallel.mesh import World, build_mesh, micro_batch_size, select_device
 from tests.distributed import run_ranks
+from tests.meshes import plans
 from tests.runs import whole_parameters
 
 
@@ -46,7 +47,7 @@ def test_sharded_initial_values_equal_those_of_one_process(name: str) -> None:
         device = torch.device("cpu")
         mesh = build_mesh(device, Layout(dp_shard=world.size))
         fill = random_fill(5, config.initializer_range, config.pad_token_id)
-        model = build_parallel_model(config, mesh, device, fill, Options(activation_checkpoint="full")).model
+        model = build_parallel_model(config, mesh, device, fill, plans({"activation_checkpoint.mode": "full"})).model
         assert all(layer.layer_scalar == 1 for layer in model.language_model.layers)
         return {name: torch.equal(tensor, expected[name]) for name, tensor in whole_parameters(model).items()}
 

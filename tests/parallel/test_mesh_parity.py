@@ -49,18 +49,19 @@ def test_a_mesh_equals_one_process_in_float32(variant: str, mesh: str) -> None:
     hold("Meshes against one process, relative errors", mesh, variant, torch.float32, found)
 
 
+RECOMPUTED = (("activation_checkpoint.mode", "full"),)
 OPTIONS: dict[str, Case] = {
     "accumulation": Case("e4b", Layout(dp_shard=2), micro_batch_size=1),
     "reduced in every micro-batch": Case("e4b", Layout(dp_shard=2), micro_batch_size=1, gradient_sync="every"),
-    "kept gathered": Case("e2b", Layout(dp_shard=2), (("reshard_after_forward", False),)),
-    "cpu offload": Case("e4b", Layout(dp_shard=2, tp=2), (("cpu_offload", True),)),
-    "recompute": Case("26b_a4b", Layout(dp_shard=2, tp=2, ep=4), (("activation_checkpoint", "full"),)),
-    "recompute, cp": Case("e2b", Layout(cp=2, tp=2), (("activation_checkpoint", "full"),)),
+    "kept gathered": Case("e2b", Layout(dp_shard=2), (("parallel.reshard_after_forward", False),)),
+    "cpu offload": Case("e4b", Layout(dp_shard=2, tp=2), (("parallel.cpu_offload", True),)),
+    "recompute": Case("26b_a4b", Layout(dp_shard=2, tp=2, ep=4), RECOMPUTED),
+    "recompute, cp": Case("e2b", Layout(cp=2, tp=2), RECOMPUTED),
     "recompute every 2nd": Case(
-        "31b", Layout(tp=2), (("activation_checkpoint", "full"), ("activation_checkpoint_every", 2))
+        "31b", Layout(tp=2), (("activation_checkpoint.mode", "full"), ("activation_checkpoint.every", 2))
     ),
-    "selective": Case("31b", Layout(cp=2, tp=2), (("activation_checkpoint", "selective"),)),
-    "selective, ep": Case("26b_a4b", Layout(dp_shard=2, ep=2), (("activation_checkpoint", "selective"),)),
+    "selective": Case("31b", Layout(cp=2, tp=2), (("activation_checkpoint.mode", "selective"),)),
+    "selective, ep": Case("26b_a4b", Layout(dp_shard=2, ep=2), (("activation_checkpoint.mode", "selective"),)),
     "routed, no sequence parallel": Case("26b_a4b", Layout(tp=2, cp=2, ep=4, sequence_parallel=False)),
     "routed to 3 of 8 experts in float32": Case(
         "26b_a4b", Layout(dp_shard=2, tp=2, ep=4), steps=1, dtype=torch.float32
@@ -68,9 +69,9 @@ OPTIONS: dict[str, Case] = {
     "a vocabulary that does not divide": Case("12b", Layout(tp=4), sizes=(("vocab_size", 203),)),
     "the same, sharded further": Case("31b", Layout(dp_shard=2, tp=2), sizes=(("vocab_size", 203),)),
     "fewer experts than ranks": Case("26b_a4b", Layout(dp_shard=4), sizes=(("num_experts", 3), ("top_k_experts", 2))),
-    "interleaved pipeline": Case("e2b", Layout(pp=2, dp_shard=2), (("pp_schedule", "interleaved"),)),
-    "zero-bubble pipeline": Case("31b", Layout(pp=2, tp=2), (("pp_schedule", "zero_bubble"),)),
-    "pipeline with recompute": Case("26b_a4b", Layout(pp=2, dp_shard=2, ep=2), (("activation_checkpoint", "full"),)),
+    "interleaved pipeline": Case("e2b", Layout(pp=2, dp_shard=2), (("parallel.pp_schedule", "interleaved"),)),
+    "zero-bubble pipeline": Case("31b", Layout(pp=2, tp=2), (("parallel.pp_schedule", "zero_bubble"),)),
+    "pipeline with recompute": Case("26b_a4b", Layout(pp=2, dp_shard=2, ep=2), RECOMPUTED),
 }
 
 

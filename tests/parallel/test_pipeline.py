@@ -13,7 +13,7 @@ from torch import Tensor
 from data.batch import IGNORE, Batch
 from model import Gemma4
 from model.init import random_fill, whole_slices
-from parallel.apply import Options, ParallelModel, build_parallel_model
+from parallel.apply import ParallelModel, build_parallel_model
 from parallel.collectives import swap
 from parallel.cut import SCHEDULES
 from parallel.layout import Layout
@@ -30,6 +30,7 @@ from tests.meshes import (
     Errors,
     gradient_errors,
     initial_values,
+    plans,
     reference,
     sequences,
     share_of,
@@ -120,7 +121,7 @@ def scheduled(variant: str, layout: Layout, name: str, micro_batches: int = 4, *
     return Case(
         variant,
         layout,
-        (("pp_schedule", name), *options.items()),
+        (("parallel.pp_schedule", name), *options.items()),
         batch_size=micro_batches * layout.dp,
         micro_batch_size=1,
         length=24,
@@ -130,19 +131,19 @@ def scheduled(variant: str, layout: Layout, name: str, micro_batches: int = 4, *
 
 
 PP2, PP4, PP2_DP2, PP2_HSDP = Layout(pp=2), Layout(pp=4), Layout(pp=2, dp_shard=2), Layout(pp=2, dp_replicate=2)
-FULL = {"activation_checkpoint": "full"}
+FULL = {"activation_checkpoint.mode": "full"}
 SCHEDULED: dict[int, list[Case]] = {
     2: [
         scheduled("e4b", PP2, "1f1b", micro_batches=5, **FULL),
         scheduled("26b_a4b", PP2, "interleaved", **FULL),
         scheduled("e2b", PP2, "zero_bubble", micro_batches=2),
-        scheduled("12b", PP2, "zero_bubble", activation_checkpoint="selective"),
+        scheduled("12b", PP2, "zero_bubble", **{"activation_checkpoint.mode": "selective"}),
     ],
     4: [
         scheduled("e2b", PP4, "1f1b"),  # a border on each side of the last layer whose keys are read
         scheduled("e4b", PP4, "1f1b"),
         scheduled("e4b", PP2_DP2, "interleaved", **FULL),
-        scheduled("26b_a4b", PP2_HSDP, "zero_bubble", reshard_after_forward=False, **FULL),
+        scheduled("26b_a4b", PP2_HSDP, "zero_bubble", **{"parallel.reshard_after_forward": False}, **FULL),
     ],
 }
 
@@ -187,9 +188,9 @@ def test_no_schedule_changes_what_bfloat16_gives(micro_batches: int, slow_import
     def run(world: World) -> list[dict[str, float]]:
         found = []
         for case in cases:
-            mesh, options = build_mesh(CPU, PP2), dict(case.options)
-            wanted = Options(sequence_length=case.length, compute_dtype=torch.bfloat16, **options)
-            parallel = build_parallel_model(case.config, mesh, CPU, initial_values(case.seed), wanted)
+            mesh, wanted = build_mesh(CPU, PP2), plans(dict(case.options))
+            about = {"sequence_length": case.length, "compute_dtype": torch.bfloat16}
+            parallel = build_parallel_model(case.config, mesh, CPU, initial_values(case.seed), wanted, **about)
             step(parallel, case, world)
             found.append(gradient_errors(parallel.model, expected))
         return found
@@ -214,7 +215,7 @@ def test_copies_of_the_table_stay_equal_while_shapes_change(slow_imports: None) 
 
     def run(world: World) -> list[bool]:
         mesh, same = build_mesh(CPU, PP2), []
-        parallel = build_parallel_model(cases[0].config, mesh, CPU, initial_values(0), Options(sequence_length=24))
+        parallel = build_parallel_model(cases[0].config, mesh, CPU, initial_values(0), sequence_length=24)
         optimizer = build_optimizer(parallel.model, OptimizerConfig(lr=1e-2))
         table = local_part(dict(parallel.model.named_parameters())[TABLE])
         for number, case in enumerate(cases):
@@ -232,8 +233,9 @@ def test_copies_of_the_table_stay_equal_while_shapes_change(slow_imports: None) 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("gemma4_tiny_e4b", {"pp_schedule": "1f1b", **FULL}),
-        ("gemma4_tiny_31b", {"pp_schedule": "zero_bubble"}),  # an image's tokens see each other both ways in all stages
+        ("gemma4_tiny_e4b", {"parallel.pp_schedule": "1f1b", **FULL}),
+        # An image's tokens see each other both ways in all stages.
+        ("gemma4_tiny_31b", {"parallel.pp_schedule": "zero_bubble"}),
     ],
     ids=["e4b", "31b"],
 )
@@ -246,8 +248,8 @@ def test_media_of_some_micro_batches_enter_at_the_first_stage(
 
     def run(world: World) -> tuple[dict[str, float], set[str]]:
         mesh, fill = build_mesh(CPU, PP2), random_fill(3, 0.1, 0)
-        wanted = Options(sequence_length=48, compute_dtype=torch.float64, **options)
-        parallel = build_parallel_model(config, mesh, CPU, fill, wanted)
+        about = {"sequence_length": 48, "compute_dtype": torch.float64}
+        parallel = build_parallel_model(config, mesh, CPU, fill, plans(options), **about)
         Engine(parallel, CrossEntropy(), CPU).forward_backward(data, supervised)
         return gradient_errors(parallel.model, expected), {key for key, _ in parallel.model.named_parameters()}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.batch import Batch, collate
 from model.moe import Experts, Router
-from parallel.apply import Options, ParallelModel, build_parallel_model
+from parallel.apply import ParallelModel, build_parallel_model
 from parallel.expert import ParallelExperts
 from parallel.layout import Layout
 from parallel.mesh import World, build_mesh
@@ -99,8 +99,8 @@ def test_a_first_stage_never_gathers_the_token_table() -> None:
     case = Case("31b", Layout(pp=2, dp_shard=2), sizes=(("vocab_size", 4096),), micro_batch_size=2, steps=1)
 
     def on_rank(world: World) -> tuple[bool, int, int, int]:
-        options = Options(sequence_length=case.length)
-        parallel = build_parallel_model(case.config, build_mesh(CPU, case.layout), CPU, initial_values(0), options)
+        mesh = build_mesh(CPU, case.layout)
+        parallel = build_parallel_model(case.config, mesh, CPU, initial_values(0), sequence_length=case.length)
         batches = share_of(case, 0, case.layout, world.rank)
         with WireCounter() as counter:
             Engine(parallel, CrossEntropy(), CPU).forward_backward(batches, 1)

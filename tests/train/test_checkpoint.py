@@ -114,9 +114,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(tmp_path: Pa
 
     def no_room(world: World) -> str:
         more = ["train.steps=9", f"checkpoint.asynchronous={asynchronous}"]
-        trainer = Trainer(
-            resolve(load_config(overrides(tmp_path, *STEPS, *more)), world.size), world, torch.device("cpu")
-        )
+        run = resolve(load_config(overrides(tmp_path, *STEPS, *more)), world.size)
+        trainer = Trainer(run, world, torch.device("cpu"))
         if world.rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # writes fail as on a full disk
         with pytest.raises(UserError) as caught:

@@ -99,9 +99,8 @@ def test_what_is_trained_is_what_the_optimizer_holds(
     from train.trainer import Trainer
 
     def names(world: World) -> set[str]:
-        trainer = Trainer(
-            resolve(load_config(arguments(tmp_path, released, *more)), world.size), world, torch.device("cpu")
-        )
+        run = resolve(load_config(arguments(tmp_path, released, *more)), world.size)
+        trainer = Trainer(run, world, torch.device("cpu"))
         owned = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
         found = {name.partition(".")[0] for name, p in trainer.model.named_parameters() if id(p) in owned}
         assert "audio_tower" not in dict(trainer.model.named_children()) or "model.audio=none" not in more
