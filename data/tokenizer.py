@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from model import hub
 from model.errors import UserError
+from model.hf import hub
 
 PAD, EOS, BOS = 0, 1, 2
 STOPS = (EOS, 106, 50)

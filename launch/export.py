@@ -24,7 +24,7 @@ import torch.distributed as dist
 from launch.arguments import run
 from model import Gemma4Config, UserError
 from model.errors import nearest
-from parallel.mesh import World, init_process_group
+from parallel.world import World, init_process_group
 from train.checkpoint import Checkpointer, read_state
 from train.config import EXPORT_DTYPES
 from train.export import export

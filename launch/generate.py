@@ -28,10 +28,10 @@ from data.media.process import MediaItem
 from data.tokenizer import BOS, STOPS
 from launch.arguments import run
 from model import Gemma4, UserError
-from model.generate import stream
-from model.hf_config import read_json
-from model.hub import load_model, load_tokenizer, resolve
-from parallel.mesh import DEVICES, DTYPES, World, compute_dtype, select_device
+from model.generate import generate_tokens
+from model.hf.config import read_json
+from model.hf.hub import load_model, load_tokenizer, resolve
+from parallel.world import DEVICES, DTYPES, World, compute_dtype, select_device
 
 
 @dataclass
@@ -87,7 +87,7 @@ def generate(options: Options) -> Iterator[str]:
         )
     stops = _stops(folder)
     text = DecodeStream(skip_special_tokens=not options.special)
-    for (token,) in stream(
+    for (token,) in generate_tokens(
         model,
         [ids],
         options.max_new_tokens,

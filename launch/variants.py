@@ -13,7 +13,7 @@ import torch
 
 from launch.arguments import WORDS, run
 from model import Gemma4, Gemma4Config
-from model.media_config import AudioConfig, VisionConfig
+from model.encoders.config import AudioConfig, VisionConfig
 from model.variants import HUB_IDS, VARIANT_NAMES
 
 

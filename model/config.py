@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from model.encoders.config import AudioConfig, AudioEmbedderConfig, VisionConfig, VisionEmbedderConfig
 from model.errors import ConfigError
-from model.hf_config import config_to_hf, fields_from_hf, read_json
-from model.media_config import AudioConfig, AudioEmbedderConfig, VisionConfig, VisionEmbedderConfig
+from model.hf.config import config_to_hf, fields_from_hf, read_json
 from model.variants import variant_fields
 
 LayerType = Literal["sliding_attention", "full_attention"]

@@ -8,17 +8,17 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from model.audio import AudioTower
 from model.config import Gemma4Config
 from model.decoder import DecoderLayer, KeyValueCache, decode, first_pruned
+from model.encoders.audio import AudioTower
+from model.encoders.config import AudioConfig, VisionConfig
+from model.encoders.vision import MediaProjector, VisionEmbedder, VisionTower
 from model.head import Head
 from model.init import init_parameters
 from model.inputs import Inputs, make_inputs
 from model.media import Media
-from model.media_config import AudioConfig, VisionConfig
 from model.norm import RMSNorm
 from model.per_layer_embedding import per_layer_inputs, scaled_embedding
-from model.vision import MediaProjector, VisionEmbedder, VisionTower
 
 ENCODERS = ("vision_tower", "vision_embedder", "embed_vision", "audio_tower", "embed_audio")
 """Parts of a `Gemma4` that only batches with media touch."""

@@ -47,16 +47,16 @@ def generate(
     stop: Sequence[int] = (),
     **options: Any,
 ) -> list[list[int]]:
-    """Continuations of each prompt, up to and including its first stop token; options as of `stream`."""
+    """Continuations of each prompt, up to and including its first stop token; options as of `generate_tokens`."""
     rows: list[list[int]] = [[] for _ in prompts]
-    for tokens in stream(model, prompts, max_new_tokens, stop=stop, **options):
+    for tokens in generate_tokens(model, prompts, max_new_tokens, stop=stop, **options):
         for row, token in zip(rows, tokens, strict=True):
             row.append(token)
     return [_until_stop(row, set(stop)) for row in rows]
 
 
 @torch.no_grad()
-def stream(
+def generate_tokens(
     model: Gemma4,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,

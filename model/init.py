@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.clipped_linear import BOUNDS
+from model.encoders.clipped_linear import BOUNDS
 
 ELEMENTS_PER_BLOCK = 1 << 20
 _ZEROS = ("bias", "std_bias", "per_dim_scale")

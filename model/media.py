@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from model.clips import Clips
+from model.encoders.clips import Clips
+from model.encoders.config import AudioConfig, VisionConfig
 from model.errors import UserError
 from model.masks import AttentionMask, segment_mask
-from model.media_config import AudioConfig, VisionConfig
 from model.token_types import AUDIO, is_vision, token_types
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from model.encoders.config import AudioConfig, AudioEmbedderConfig, VisionConfig, VisionEmbedderConfig
 from model.errors import ConfigError, nearest
-from model.media_config import AudioConfig, AudioEmbedderConfig, VisionConfig, VisionEmbedderConfig
 
 _SMALL_VISION = VisionConfig(
     hidden_size=768,

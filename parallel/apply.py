@@ -14,23 +14,23 @@ from model.init import Fill
 from model.inputs import Inputs
 from model.precision import accumulation_dtype
 from parallel.activation_checkpoint import apply_activation_checkpoint
-from parallel.balance import RouterBalance, watch_routers
-from parallel.context import ContextParallel
-from parallel.cut import cut_layers, num_stages
+from parallel.context.plan import ContextParallel
 from parallel.embedding_shards import shard_embedding_rows
 from parallel.expert import apply_expert_parallel
 from parallel.float8 import apply_float8
 from parallel.fsdp import shard
-from parallel.initialise import initialise
+from parallel.materialize import initialise
 from parallel.mesh import Mesh
 from parallel.options import ParallelConfig, PlanConfig
-from parallel.sequence_parallel import TensorParallel
-from parallel.stage import Gemma4Stage, Stages
-from parallel.tensor import apply_tensor_parallel
-from parallel.weight_gradients import defer_weight_gradients
+from parallel.pipeline.layout import cut_layers, num_stages
+from parallel.pipeline.stage import Gemma4Stage, Stages
+from parallel.pipeline.weight_gradients import defer_weight_gradients
+from parallel.router_losses import RouterBalance, watch_routers
+from parallel.tensor.plan import apply_tensor_parallel
+from parallel.tensor.tokens import TensorParallel
 
 if TYPE_CHECKING:
-    from parallel.pipeline import Pipeline
+    from parallel.pipeline.schedule import Pipeline
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def build_parallel_model(
         initialise(part, device, fill, offloaded=parallel.cpu_offload)
     pipeline, model = None, cast(nn.Module, parts[0])
     if stages:
-        from parallel.pipeline import Pipeline  # imports slowly, so only when asked for
+        from parallel.pipeline.schedule import Pipeline  # imports slowly, so only when asked for
 
         count = num_stages(parallel.pp_schedule, parallel.pp_virtual, layout.pp)
         pipeline, model = Pipeline(stages, mesh, parallel.pp_schedule, count, compute_dtype), Stages(stages)

@@ -35,7 +35,7 @@ class _Collective(torch.autograd.Function):
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over ranks, on each of them. Its backward is the same: what each rank's copy got is summed."""
-    total = partial(summed, group=group)
+    total = partial(all_reduced, group=group)
     return _Collective.apply(x, total, total)
 
 
@@ -62,7 +62,7 @@ def exchange_counts(sends_R: Tensor, group: dist.ProcessGroup) -> Tensor:
     return receives_R
 
 
-def swap(x: Tensor, other: int, group: dist.ProcessGroup) -> Tensor:
+def send_recv(x: Tensor, other: int, group: dist.ProcessGroup) -> Tensor:
     """What rank `other` of the group gives for x; it must call this too."""
     peer, x = dist.get_global_rank(group, other), x.contiguous()
     received = torch.empty_like(x)
@@ -72,7 +72,7 @@ def swap(x: Tensor, other: int, group: dist.ProcessGroup) -> Tensor:
     return received
 
 
-def pass_around(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> Passing:
+def ring_send_recv(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> RingTransfer:
     """Start sending tensors to the next rank of a ring and receiving as many of the same shapes from the one before."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     after, before = (dist.get_global_rank(group, (rank + step) % size) for step in (1, -1))
@@ -82,10 +82,10 @@ def pass_around(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> Passin
         *(dist.P2POp(dist.isend, t, after, group) for t in sent),
         *(dist.P2POp(dist.irecv, t, before, group) for t in received),
     ]
-    return Passing(received, sent, dist.batch_isend_irecv(operations))
+    return RingTransfer(received, sent, dist.batch_isend_irecv(operations))
 
 
-class Passing(NamedTuple):
+class RingTransfer(NamedTuple):
     """Tensors under way around a ring; `sent` stays alive until they have arrived."""
 
     received: tuple[Tensor, ...]
@@ -98,7 +98,7 @@ class Passing(NamedTuple):
         return self.received
 
 
-def summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def all_reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over ranks, without a backward."""
     out = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(out, group=group)

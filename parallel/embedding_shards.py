@@ -17,10 +17,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from model import Gemma4
 from parallel.collectives import RowOwners, fetch_rows, gather_tokens
+from parallel.dtensors import sharded_parameter
 from parallel.mesh import Mesh
-from parallel.sequence_parallel import TensorParallel
-from parallel.sharded import sharded_parameter
-from parallel.stage import Gemma4Stage
+from parallel.pipeline.stage import Gemma4Stage
+from parallel.tensor.tokens import TensorParallel
 
 
 class ShardedRows(nn.Module):

@@ -22,9 +22,9 @@ from model import Gemma4
 from model.moe import Experts, grouped_mm, run_experts, run_routed
 from model.precision import accumulation_dtype, upcast
 from parallel.collectives import exchange_counts, exchange_rows, gather_tokens
+from parallel.dtensors import local_part, sharded_parameter
 from parallel.mesh import Mesh
-from parallel.sequence_parallel import TensorParallel
-from parallel.sharded import local_part, sharded_parameter
+from parallel.tensor.tokens import TensorParallel
 
 
 class ParallelExperts(nn.Module):

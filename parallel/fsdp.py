@@ -59,7 +59,7 @@ def shard(
 
     def place(parameter: nn.Parameter) -> ShardPlacementResult:
         if not isinstance(parameter, DTensor):
-            return ShardPlacementResult(Shard(leanest_axis(parameter.shape, whole.shard_mesh_size)), whole)
+            return ShardPlacementResult(Shard(shard_axis(parameter.shape, whole.shard_mesh_size)), whole)
         info = split if parameter.device_mesh.mesh_dim_names == ("tp",) else experts
         return ShardPlacementResult(Shard(even_axis(parameter, info.shard_mesh_size)), info)
 
@@ -92,7 +92,7 @@ def shard(
             module.set_force_sum_reduction_for_comms(True)
 
 
-def leanest_axis(shape: torch.Size, shards: int) -> int:
+def shard_axis(shape: torch.Size, shards: int) -> int:
     """The axis over which FSDP shards a whole parameter: the first, or of a stack of matrices one that is even.
 
     128 experts over 256 ranks would leave half of them without any, and pad what is gathered to twice the size.

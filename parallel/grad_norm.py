@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils import get_total_norm
 
-from parallel.sharded import local_part
+from parallel.dtensors import local_part
 
 
 def clip_grad_norm(

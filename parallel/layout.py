@@ -56,6 +56,25 @@ class Layout:
         return " x ".join(named) + (", sequence parallel" if self.tp > 1 and self.sequence_parallel else "")
 
 
+def micro_batch_size(global_batch_size: int, wanted: int, num_ranks: int, multiple: int = 1) -> int:
+    """Sequences a rank runs at once: the largest size up to `wanted` that divides its share.
+
+    The number of micro-batches is a `multiple` if any size makes it so.
+
+    Raises `ConfigError` if the global batch cannot be dealt evenly.
+    """
+    if global_batch_size % num_ranks:
+        down, up = global_batch_size // num_ranks * num_ranks, -(-global_batch_size // num_ranks) * num_ranks
+        near = up if down == 0 or up - global_batch_size < global_batch_size - down else down
+        raise ConfigError(
+            f"train.global_batch_size={global_batch_size} does not divide among {num_ranks} data-parallel ranks; "
+            f"nearest: {near}."
+        )
+    share = global_batch_size // num_ranks
+    sizes = [size for size in range(1, min(wanted, share) + 1) if share % size == 0]
+    return max((size for size in sizes if share // size % multiple == 0), default=max(sizes))
+
+
 def resolve_layout(world_size: int, wanted: Layout, config: Gemma4Config, sequence_length: int) -> Layout:
     """The layout with `dp_shard` of -1 filled in. Raises `ConfigError` naming the nearest legal layout."""
     for axis in (*AXES, "ep"):
@@ -109,7 +128,7 @@ def problem(layout: Layout, config: Gemma4Config, sequence_length: int) -> str |
         )
     if layout.sequence_parallel and tp > 1 and (sequence_length // cp) % tp:
         return (
-            f"parallel.sequence_parallel with tp={tp} does not divide the {sequence_length // cp} positions of a "
+            f"parallel.tensor.tokens with tp={tp} does not divide the {sequence_length // cp} positions of a "
             "sequence on each rank"
         )
     if layout.pp > config.num_hidden_layers:

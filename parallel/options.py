@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from parallel.cut import SCHEDULES
+from parallel.pipeline.layout import SCHEDULES
 
 
 def one_of(default: Any, *choices: str) -> Any:

@@ -18,7 +18,7 @@ import torch._dynamo  # the same
 import torch.distributed as dist
 import torch.distributed.pipelining
 
-from parallel.mesh import World
+from parallel.world import World
 
 
 def run_ranks(world_size: int, function: Callable[[World], Any], timeout: float = 240.0) -> list[Any]:

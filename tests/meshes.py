@@ -20,11 +20,12 @@ from data.batch import IGNORE, Batch, Row, collate
 from model import ConfigError, Gemma4, Gemma4Config
 from model.init import Fill, Slice, random_fill, whole_slices
 from parallel.apply import build_parallel_model
-from parallel.cut import check_pipeline
 from parallel.grad_norm import num_holders
-from parallel.layout import Layout, resolve_layout
-from parallel.mesh import Mesh, World, build_mesh, micro_batch_size
+from parallel.layout import Layout, micro_batch_size, resolve_layout
+from parallel.mesh import Mesh, build_mesh
 from parallel.options import PlanConfig
+from parallel.pipeline.layout import check_pipeline
+from parallel.world import World
 from tests.compare import hold, relative_error
 from tests.distributed import run_ranks
 from train.config import OptimizerConfig

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpointer.utils import canonical_fqn
 
-from parallel.mesh import World
+from parallel.world import World
 from tests.distributed import run_ranks
 from train.load_config import load_config
 from train.resolve import resolve

@@ -30,7 +30,7 @@ from torchtitan.components.checkpointer.utils import canonical_fqn
 from model.errors import UserError
 from model.init import initialised_tensors
 from parallel.agree import RankError, from_all, on_rank_0, together
-from parallel.mesh import is_lost_rank
+from parallel.world import is_lost_rank
 from train.files import replace_file, sync_folder
 
 log = logging.getLogger("gemwright")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from model import Gemma4Config
-from parallel.mesh import DEVICES, DTYPES
 from parallel.options import PlanConfig, at_least, one_of
+from parallel.world import DEVICES, DTYPES
 from train.objective import OBJECTIVES
 
 ENCODERS = ("vision", "audio")

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from data.corpus.open import Data, Settings, Source, open_data
 from model import ConfigError, UserError
 from parallel.agree import from_all
-from parallel.mesh import World
-from train.faults import StopRequest
+from parallel.world import World
 from train.resolve import Resolved
+from train.stop_request import StopRequest
 
 log = logging.getLogger("gemwright")
 

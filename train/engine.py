@@ -19,7 +19,7 @@ from parallel.grad_norm import clip_grad_norm
 from train.objective import Loss, Objective
 
 if TYPE_CHECKING:
-    from parallel.pipeline import Pipeline
+    from parallel.pipeline.schedule import Pipeline
 
 
 class Engine:
@@ -30,8 +30,8 @@ class Engine:
     ) -> None:
         self.parallel, self.objective, self.device, self.gradient_sync = parallel, objective, device, gradient_sync
         at = parallel.mesh.at
-        self.leads = at["tp"] == 0 and at["cp"] == 0 and at["pp"] == 0
-        """Whether this rank speaks for the ranks that see the same sequences."""
+        self.is_batch_leader = at["tp"] == 0 and at["cp"] == 0 and at["pp"] == 0
+        """Whether this rank leader for the ranks that see the same sequences."""
 
     def forward_backward(
         self,

@@ -29,8 +29,8 @@ from data.chat.template import chat_template, template_size
 from data.corpus.prepare import made_once
 from data.tokenizer import STOPS
 from model import Gemma4Config, UserError
-from model.hf_config import config_to_hf
-from model.hf_format import INDEX, SINGLE, disk_key
+from model.hf.config import config_to_hf
+from model.hf.weights import INDEX, SINGLE, disk_key
 from parallel.agree import RankError, from_all, on_rank_0, together
 from train.checkpoint import MANIFEST as CHECKPOINT_MANIFEST
 

@@ -15,10 +15,10 @@ import torch
 
 from model import Gemma4Config
 from model.decoder import first_pruned
+from model.encoders.config import AudioConfig, VisionConfig
 from model.inputs import Inputs
 from model.masks import AttentionMask
 from model.media import Media
-from model.media_config import AudioConfig, VisionConfig
 
 
 def training_flops(config: Gemma4Config, inputs: Inputs) -> int:

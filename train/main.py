@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 
 from model import UserError
-from parallel.mesh import World, init_process_group, is_lost_rank, select_device
+from parallel.world import World, init_process_group, is_lost_rank, select_device
 from train.load_config import load_config
 from train.resolve import resolve
 

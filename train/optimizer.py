@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from parallel.sharded import local_part
+from parallel.dtensors import local_part
 from train.config import OptimizerConfig
 
 _TABLES = ("embed_tokens", "position_embedding_table", "pos_embedding")

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from data.corpus.mixture import whole_parts
 from model import ConfigError, Gemma4Config
-from model.hf_format import WeightsError
-from model.hub import resolve as resolve_weights
-from model.media_config import AudioEmbedderConfig, VisionEmbedderConfig
-from parallel.cut import check_pipeline
-from parallel.layout import AXES, Layout, resolve_layout
-from parallel.mesh import micro_batch_size
+from model.encoders.config import AudioEmbedderConfig, VisionEmbedderConfig
+from model.hf.hub import resolve as resolve_weights
+from model.hf.weights import WeightsError
+from parallel.layout import AXES, Layout, micro_batch_size, resolve_layout
+from parallel.pipeline.layout import check_pipeline
 from train.config import ENCODERS, Config, DataConfig, ModelConfig
 
 

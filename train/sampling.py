@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from data.tokenizer import BOS, EOS
 from model.generate import generate
 from parallel.apply import ParallelModel
-from parallel.sequence_parallel import tokens_on_every_rank
+from parallel.tensor.tokens import tokens_on_every_rank
 
 
 def write_samples(

@@ -16,19 +16,19 @@ from torch import Tensor
 from data.loader import BatchLoader, StepSampler
 from model import Gemma4, UserError
 from model.attention_kernels import kernel_for
-from model.hf_format import Weights
+from model.hf.weights import Weights
 from model.init import Fill, random_fill
 from model.media import Media
 from model.precision import accumulation_dtype
 from parallel.agree import summed_counts
 from parallel.apply import build_parallel_model
-from parallel.balance import read_balance
-from parallel.mesh import World, build_mesh, compute_dtype
+from parallel.mesh import build_mesh
+from parallel.router_losses import read_balance
+from parallel.world import World, compute_dtype
 from train.checkpoint import Checkpointer, read_state
 from train.corpus import prepare_data
 from train.engine import Engine
 from train.export import Origin, export
-from train.faults import StopRequest
 from train.flops import media_flops, peak_flops, training_flops
 from train.metrics import Meter, step_line
 from train.objective import OBJECTIVES
@@ -39,6 +39,7 @@ from train.resume import Progress, find_checkpoint, progress_from
 from train.run_folder import RunFolder
 from train.sampling import write_samples
 from train.schedule import learning_rate
+from train.stop_request import StopRequest
 from train.trackers import Tracker, build_trackers
 
 log = logging.getLogger("gemwright")
@@ -155,13 +156,13 @@ class Trainer:
         waited = time.perf_counter() - waited
         given = [batch.inputs for batch in micro_batches]
         parts = [inputs.media or Media() for inputs in given]
-        speaks = self.engine.leads  # of the ranks that share these sequences, one counts them
+        leader = self.engine.is_batch_leader  # of the ranks that share these sequences, one counts them
         # Everything ranks must agree on before the step, in one small exchange.
         units, supervised, tokens, flops, stops, written, *present = summed_counts(
-            speaks * sum(map(self.objective.units, micro_batches)),
-            speaks * sum(batch.kept.count for batch in micro_batches),
-            speaks * sum(len(inputs.tokens_T) for inputs in given),
-            speaks
+            leader * sum(map(self.objective.units, micro_batches)),
+            leader * sum(batch.kept.count for batch in micro_batches),
+            leader * sum(len(inputs.tokens_T) for inputs in given),
+            leader
             * (
                 sum(training_flops(self.model_config, inputs) for inputs in given)
                 + sum(media_flops(self.model_config, media, self.run.frozen) for media in parts)

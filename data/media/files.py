@@ -14,8 +14,8 @@ from data.media.audio import MELS, SAMPLES_PER_TOKEN
 from data.media.process import MediaItem, MediaProcessor
 from data.tokenizer import TokenizerError
 from model import ConfigError, Gemma4Config
+from model.encoders.config import AudioConfig, VisionEmbedderConfig
 from model.media import MediaError
-from model.media_config import AudioConfig, VisionEmbedderConfig
 
 _VISION_TOKENS = {"boi": "<|image>", "image": "<|image|>", "eoi": "<image|>", "video": "<|video|>"}
 _AUDIO_TOKENS = {"boa": "<|audio>", "audio": "<|audio|>", "eoa": "<audio|>"}

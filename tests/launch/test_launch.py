@@ -20,11 +20,11 @@ from data.chat.render import render
 from data.chat.template import chat_template
 from data.tokenizer import train_tokenizer
 from launch.arguments import parse
-from launch.benchmark import Options as BenchmarkOptions
+from launch.benchmarks.compare import Options as BenchmarkOptions
 from launch.generate import Options, generate
 from launch.variants import parameters
 from model import Gemma4Config, UserError
-from model.hub import load_model, load_tokenizer
+from model.hf.hub import load_model, load_tokenizer
 from tests.model.multimodal import save_reference, whole_reference
 from tests.runs import overrides, train_on
 

@@ -14,9 +14,9 @@ from transformers import Gemma4ForConditionalGeneration, Gemma4UnifiedForConditi
 from transformers.models.gemma4_unified.configuration_gemma4_unified import Gemma4UnifiedConfig
 
 from model import Gemma4, Gemma4Config
-from model.hf_format import our_name
+from model.encoders.config import AudioConfig, AudioEmbedderConfig, VisionConfig, VisionEmbedderConfig
+from model.hf.weights import our_name
 from model.media import Media
-from model.media_config import AudioConfig, AudioEmbedderConfig, VisionConfig, VisionEmbedderConfig
 from tests.model.reference import (
     random_config,
     vector_scale,

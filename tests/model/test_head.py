@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from launch.benchmark import in_a_process
+from launch.benchmarks.compare import in_a_process
 from model.head import Head, linear_cross_entropy, softcapped_logits
 from tests.report import report
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model import Gemma4
 from model.head import linear_cross_entropy
-from model.hub import load_model
+from model.hf.hub import load_model
 from model.media import Media
 from tests.compare import hold, in_double, largest, relative_error
 from tests.model.multimodal import (

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from parallel.agree import RankError, from_all, on_rank_0, summed_counts, together
-from parallel.mesh import World
+from parallel.world import World
 from tests.distributed import run_ranks
 
 

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from parallel.apply import build_parallel_model
 from parallel.layout import Layout
-from parallel.mesh import World, build_mesh
+from parallel.mesh import build_mesh
+from parallel.world import World
 from tests.compare import hold
 from tests.distributed import run_ranks
 from tests.meshes import CPU, LEARNING_RATES, Case, initial_values, share_of, whole_batch

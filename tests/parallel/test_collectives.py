@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel import collectives
-from parallel.mesh import World
+from parallel.world import World
 from tests.compare import hold, relative_error
 from tests.distributed import run_ranks
 
@@ -124,12 +124,12 @@ def fetch(missing: int, asked: Callable[[int], list[int]] = repeated, replicas: 
 def swap_ends(x: Tensor, world: World) -> Tensor:
     """The first and the last rank change places; with more ranks, their group is not all."""
     group = dist.new_group([0, world.size - 1])
-    return x if 0 < world.rank < world.size - 1 else collectives.swap(x, int(world.rank == 0), group)
+    return x if 0 < world.rank < world.size - 1 else collectives.send_recv(x, int(world.rank == 0), group)
 
 
 def around(x: Tensor, world: World) -> Tensor:
     """Two tensors of different shapes."""
-    return torch.cat(collectives.pass_around((x[:1], x[1:]), everyone()).wait())
+    return torch.cat(collectives.ring_send_recv((x[:1], x[1:]), everyone()).wait())
 
 
 def counts(size: int) -> list[Tensor]:
@@ -156,9 +156,9 @@ CASES = {
     "fetch_rows, nobody asks": fetch(0, lambda rank: []),
     "fetch_rows of replicas": fetch(1, replicas=True),
     "fetch_rows of replicas, the first asks for none": fetch(0, from_second, replicas=True),
-    "summed": Case(partial(alike, 4), on_all(collectives.summed), lambda xs: [sum_of(xs)] * len(xs), False),
-    "swap": Case(partial(alike, 4), swap_ends, lambda xs: [xs[-1], *xs[1:-1], xs[0]], False),
-    "pass_around": Case(partial(alike, 4), around, lambda xs: [xs[-1], *xs[:-1]], False),
+    "all_reduced": Case(partial(alike, 4), on_all(collectives.all_reduced), lambda xs: [sum_of(xs)] * len(xs), False),
+    "send_recv": Case(partial(alike, 4), swap_ends, lambda xs: [xs[-1], *xs[1:-1], xs[0]], False),
+    "ring_send_recv": Case(partial(alike, 4), around, lambda xs: [xs[-1], *xs[:-1]], False),
     "exchange_counts": Case(counts, on_all(collectives.exchange_counts), lambda xs: list(torch.stack(xs).T), False),
 }
 

@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor
 
 from parallel.embedding_shards import ShardedRows
 from parallel.layout import Layout
-from parallel.mesh import World, build_mesh
+from parallel.mesh import build_mesh
+from parallel.world import World
 from tests.distributed import run_ranks
 from tests.report import report
 

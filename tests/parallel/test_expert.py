@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from model import Gemma4, Gemma4Config
 from model.moe import Experts, Router
-from parallel.balance import RouterBalance, read_balance
+from parallel.dtensors import local_part
 from parallel.expert import ParallelExperts
 from parallel.layout import Layout
-from parallel.mesh import World, build_mesh
+from parallel.mesh import build_mesh
 from parallel.options import MoEConfig
-from parallel.sequence_parallel import TensorParallel
-from parallel.sharded import local_part
+from parallel.router_losses import RouterBalance, read_balance
+from parallel.tensor.tokens import TensorParallel
+from parallel.world import World
 from tests.compare import relative_error
 from tests.distributed import run_ranks
 from tests.meshes import CPU, SMALL

@@ -28,8 +28,9 @@ from parallel.activation_checkpoint import apply_activation_checkpoint
 from parallel.apply import build_parallel_model
 from parallel.float8 import apply_float8, float8_grouped_mm, float8_product, rounded
 from parallel.layout import Layout
-from parallel.mesh import World, build_mesh
+from parallel.mesh import build_mesh
 from parallel.options import ActivationCheckpointConfig
+from parallel.world import World
 from tests.compare import hold
 from tests.distributed import run_ranks
 from tests.meshes import CPU, VARIANTS, plans, whole_gradients

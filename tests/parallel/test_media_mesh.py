@@ -16,7 +16,8 @@ from model.media import Media
 from parallel.apply import build_parallel_model
 from parallel.fsdp import require_gradient_sync
 from parallel.layout import Layout
-from parallel.mesh import World, build_mesh
+from parallel.mesh import build_mesh
+from parallel.world import World
 from tests.compare import hold, relative_error
 from tests.distributed import run_ranks
 from tests.meshes import Case, gradient_errors, plans, share_of, whole_gradients

@@ -11,8 +11,9 @@ from model import ConfigError, Gemma4, Gemma4Config
 from model.init import random_fill
 from parallel.apply import build_parallel_model
 from parallel.grad_norm import clip_grad_norm
-from parallel.layout import Layout
-from parallel.mesh import World, build_mesh, micro_batch_size, select_device
+from parallel.layout import Layout, micro_batch_size
+from parallel.mesh import build_mesh
+from parallel.world import World, select_device
 from tests.distributed import run_ranks
 from tests.meshes import plans
 from tests.runs import whole_parameters

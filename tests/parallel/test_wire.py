@@ -13,7 +13,8 @@ from model.moe import Experts, Router
 from parallel.apply import ParallelModel, build_parallel_model
 from parallel.expert import ParallelExperts
 from parallel.layout import Layout
-from parallel.mesh import World, build_mesh
+from parallel.mesh import build_mesh
+from parallel.world import World
 from tests.distributed import run_ranks
 from tests.meshes import CPU, Case, initial_values, sequences, share_of, whole_batch
 from tests.report import report

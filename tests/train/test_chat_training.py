@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.hub import load_model
+from model.hf.hub import load_model
 from tests.compare import hold
 from tests.data.chat.files import CONFIGS, TOKENIZER, chat, model, text, user, write, write_media
 from tests.model.multimodal import save_reference, whole_reference

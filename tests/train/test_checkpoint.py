@@ -17,7 +17,7 @@ import torch
 
 import train.checkpoint
 from model import UserError
-from parallel.mesh import World, is_lost_rank
+from parallel.world import World, is_lost_rank
 from tests.distributed import run_ranks
 from tests.runs import losses, overrides, records, train_on, train_once
 from train.load_config import load_config

@@ -15,10 +15,11 @@ from safetensors import safe_open
 from transformers import Gemma4ForCausalLM, Gemma4ForConditionalGeneration, Gemma4UnifiedForConditionalGeneration
 
 from model import Gemma4Config, UserError
-from model.hf_format import Weights
+from model.hf.weights import Weights
 from parallel.apply import build_parallel_model
 from parallel.layout import Layout, nearest_layout
-from parallel.mesh import World, build_mesh
+from parallel.mesh import build_mesh
+from parallel.world import World
 from tests.distributed import run_ranks
 from tests.model.multimodal import make_example, random_whole_config, save_reference, whole_reference
 from tests.model.reference import (

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.mesh import World
+from parallel.world import World
 from tests.compare import hold
 from tests.distributed import run_ranks
 from tests.report import report

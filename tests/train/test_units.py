@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.batch import IGNORE, Batch
 from model import Gemma4, Gemma4Config
+from model.encoders.config import AudioConfig, VisionConfig
 from model.inputs import make_inputs
 from model.masks import attention_mask
-from model.media_config import AudioConfig, VisionConfig
 from tests.model.multimodal import make_example
 from tests.runs import overrides, train_on
 from train.config import OptimizerConfig, ScheduleConfig

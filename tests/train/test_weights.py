@@ -12,7 +12,7 @@ from transformers import Gemma4ForConditionalGeneration
 
 from data.tokenizer import train_tokenizer
 from model import ConfigError, Gemma4Config, UserError
-from model.hub import load_model
+from model.hf.hub import load_model
 from tests.compare import hold
 from tests.distributed import run_ranks
 from tests.model.multimodal import save_reference, whole_reference
@@ -95,7 +95,7 @@ def test_a_run_goes_on_although_its_source_is_gone(released: Path, tmp_path: Pat
 def test_what_is_trained_is_what_the_optimizer_holds(
     more: list[str], trained: set[str], released: Path, tmp_path: Path
 ) -> None:
-    from parallel.mesh import World
+    from parallel.world import World
     from train.trainer import Trainer
 
     def names(world: World) -> set[str]:

@@ -12,7 +12,7 @@ from data.media.files import check_media_tokens, media_processor
 from data.media.process import MediaProcessor
 from data.tokenizer import TokenizerError
 from model import ConfigError, Gemma4Config
-from model.media_config import AudioConfig, AudioEmbedderConfig, VisionConfig
+from model.encoders.config import AudioConfig, AudioEmbedderConfig, VisionConfig
 from tests.data.chat.files import CONFIGS, E4B, TEXT_ONLY, TOKENIZER, chat, make, model, user
 
 

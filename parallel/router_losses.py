@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model import Gemma4
 from model.precision import upcast
-from parallel.collectives import summed
+from parallel.collectives import all_reduced
 from parallel.options import MoEConfig
 
 
@@ -58,7 +58,7 @@ class RouterBalance:
         tokens = scores.new_tensor([len(scores)])
         sums = torch.cat((choices_E.to(scores), probabilities_TE.sum(dim=0), log_z_T1.square().sum().view(1), tokens))
         for group in self.groups:
-            sums = summed(sums, group)
+            sums = all_reduced(sums, group)
         sums[-1].clamp_min_(1.0)
         share_E = sums[:num_experts] / sums[:num_experts].sum().clamp_min(1.0)
         mean_E = sums[num_experts:-2] / sums[-1]

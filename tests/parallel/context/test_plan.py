@@ -22,8 +22,8 @@ from model.attention_kernels import blocked_partial, flex_partial_over
 from model.inputs import Inputs, make_inputs
 from model.masks import AttentionMask
 from parallel.collectives import gather_tokens
-from parallel.context import ContextParallel, RingMask, WindowMask
-from parallel.mesh import World
+from parallel.context.plan import ContextParallel, RingMask, WindowMask
+from parallel.world import World
 from tests.compare import hold, relative_error
 from tests.distributed import run_ranks
 from tests.report import report

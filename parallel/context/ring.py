@@ -17,7 +17,7 @@ from model.attention import KeyValue
 from model.attention_kernels import partial_attention
 from model.masks import AttentionMask
 from model.precision import accumulation_dtype, upcast
-from parallel.collectives import Passing, pass_around
+from parallel.collectives import RingTransfer, ring_send_recv
 
 Parts = tuple[AttentionMask | None, ...]
 """Masks over the blocks in order of arrival, this rank's own first; None where no query sees any of it."""
@@ -60,7 +60,7 @@ class _Ring(torch.autograd.Function):
         lse_TN = torch.full_like(out_TNH[..., 0], float("-inf"))
         block = own = tuple(t.contiguous() for t in own)
         for step, part in enumerate(parts):
-            passing = pass_around(block, group) if step + 1 < len(parts) else None
+            passing = ring_send_recv(block, group) if step + 1 < len(parts) else None
             if part is not None and part.num_queries:
                 partial_TNH, partial_lse_TN = partial_attention(q_TNH, *make(step, block, weight), part)
                 # Finite from the first block on, in which every query sees a key.
@@ -80,9 +80,9 @@ class _Ring(torch.autograd.Function):
         q_TNH, weight, out_TNH, lse_TN, *block = ctx.saved_tensors
         inputs = [q_TNH] if weight is None else [q_TNH, weight]
         sums = [_sum_of(t) for t in inputs]
-        coming: Passing | None = None
+        coming: RingTransfer | None = None
         for step, part in enumerate(ctx.parts):
-            passing = pass_around(tuple(block), ctx.group) if step + 1 < len(ctx.parts) else None
+            passing = ring_send_recv(tuple(block), ctx.group) if step + 1 < len(ctx.parts) else None
             found: Sequence[Tensor] = ()
             if part is not None and part.num_queries:
                 found = _block_gradients(ctx.make, step, q_TNH, weight, block, part, out_TNH, lse_TN, grad_TNH)
@@ -92,7 +92,7 @@ class _Ring(torch.autograd.Function):
             of_block = coming.wait() if coming else tuple(map(_sum_of, block))
             for total, more in zip(of_block, found[len(sums) :], strict=False):
                 total += more
-            coming = pass_around(of_block, ctx.group)
+            coming = ring_send_recv(of_block, ctx.group)
             if passing is not None:
                 block = list(passing.wait())
         assert coming is not None

@@ -1,4 +1,4 @@
-"""Host memory a rank takes in a step, on one rank and on four: `python -m launch.benchmark memory`.
+"""Host memory a rank takes in a step, on one rank and on four: `python -m launch.benchmarks.compare memory`.
 
 Context parallel at 16,384 positions, the loss split by vocabulary, and the per-layer table split by rows.
 """
@@ -21,13 +21,14 @@ from model.head import Head
 from model.init import random_fill
 from parallel.agree import from_all
 from parallel.apply import build_parallel_model
+from parallel.dtensors import local_part
 from parallel.embedding_shards import ShardedRows
 from parallel.layout import Layout
-from parallel.mesh import World, build_mesh, init_process_group
+from parallel.mesh import build_mesh
 from parallel.options import ActivationCheckpointConfig, PlanConfig
-from parallel.sequence_parallel import TensorParallel
-from parallel.sharded import local_part
-from parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
+from parallel.tensor.tokens import TensorParallel
+from parallel.tensor.vocabulary import VocabParallelEmbedding, VocabParallelHead
+from parallel.world import World, init_process_group
 from train.engine import Engine
 from train.objective import CrossEntropy
 
@@ -108,7 +109,7 @@ def memory() -> None:
     for kind in KINDS:
         print(KINDS[kind].__doc__, flush=True)
         for size in (1, RANKS):
-            start("launch.mesh_memory", size, f"kind={kind}")
+            start("launch.benchmarks.mesh_memory", size, f"kind={kind}")
 
 
 if __name__ == "__main__":

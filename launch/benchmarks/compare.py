@@ -1,10 +1,10 @@
 """Ratios measured side by side in one run; times alone depend on the machine.
 
-python -m launch.benchmark loss         # fused linear cross entropy against the plain one, peak memory and time
-python -m launch.benchmark attention    # a sliding layer: blocked kernel against SDPA with a mask
-python -m launch.benchmark supervised   # a training step that skips unsupervised work against one that does not
-python -m launch.benchmark memory       # host memory of a step on one rank and on four: context, loss, table
-python -m launch.benchmark load         # host memory of two ranks that load a checkpoint of 6.3 GB
+python -m launch.benchmarks.compare loss         # fused linear cross entropy against the plain one: memory and time
+python -m launch.benchmarks.compare attention    # a sliding layer: blocked kernel against SDPA with a mask
+python -m launch.benchmarks.compare supervised   # a step that skips unsupervised work against one that does not
+python -m launch.benchmarks.compare memory       # host memory of a step on one rank and on four: context, loss, table
+python -m launch.benchmarks.compare load         # host memory of two ranks that load a checkpoint of 6.3 GB
 
 Several may be named. rounds=5 are counted of attention and supervised, after one that warms up.
 """
@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from launch.arguments import WORDS, run
-from launch.load_memory import load
-from launch.mesh_memory import memory
+from launch.benchmarks.load_memory import load
+from launch.benchmarks.mesh_memory import memory
 from model import Gemma4, Gemma4Config, UserError
 from model.attention_kernels import blocked
 from model.errors import nearest

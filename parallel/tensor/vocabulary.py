@@ -26,9 +26,9 @@ from model.head import (
     softcapped_logits,
 )
 from model.precision import accumulation_dtype
-from parallel.collectives import gather_tokens, summed
-from parallel.sequence_parallel import TensorParallel
-from parallel.sharded import local_part, sharded_parameter
+from parallel.collectives import all_reduced, gather_tokens
+from parallel.dtensors import local_part, sharded_parameter
+from parallel.tensor.tokens import TensorParallel
 
 _LARGEST_CAP = 80.0
 """exp of it, times a vocabulary, is still far from the largest float32."""
@@ -144,7 +144,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             parts = hidden.new_zeros((2, hidden.shape[0]), dtype=dtype)
             parts[0] = exponentials.sum(dim=1)
             parts[1] = _labelled(capped, local) * softcap
-            sums, scores = summed(parts, group)
+            sums, scores = all_reduced(parts, group)
             log_z = sums.log()
             nll += (log_z - scores).sum()
             z += log_z.square().sum()
@@ -179,7 +179,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         for rows, _, scores in score_chunks(hidden_TD, weight_VD, softcap, chunk_size):
             parts_2T[1, rows] = _labelled(scores, labels_T[rows] - first_row)
             parts_2T[0, rows] = scores.exp_().sum(dim=1)
-        sums_T, labelled_T = summed(parts_2T, group)
+        sums_T, labelled_T = all_reduced(parts_2T, group)
         ctx.save_for_backward(hidden_TD, weight_VD, labels_T, sums_T)
         ctx.first_row, ctx.softcap, ctx.chunk_size = first_row, softcap, chunk_size
         return labelled_T - sums_T.log()

@@ -15,11 +15,11 @@ from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
 from model.gemma4 import ENCODERS
 from model.inputs import Inputs
 from model.precision import accumulation_dtype
-from parallel.collectives import swap
+from parallel.collectives import send_recv
+from parallel.dtensors import local_part
 from parallel.mesh import Mesh
-from parallel.sharded import local_part
-from parallel.stage import Gemma4Stage, StageLoss, shapes_at
-from parallel.weight_gradients import WeightGradients
+from parallel.pipeline.stage import Gemma4Stage, StageLoss, shapes_at
+from parallel.pipeline.weight_gradients import WeightGradients
 
 _SCHEDULES: dict[str, Callable[..., Any]] = {
     "1f1b": Schedule1F1B,
@@ -107,7 +107,7 @@ class Pipeline:
             weight, group = stage.head_weight, self.mesh.pp
             assert weight.grad is not None
             own = local_part(weight.grad)
-            other = swap(own, group.size() - 1 if stage.is_first else 0, group)
+            other = send_recv(own, group.size() - 1 if stage.is_first else 0, group)
             own.copy_(own + other if stage.is_first else other + own)
 
 

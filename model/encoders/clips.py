@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.media_config import AudioConfig
+from model.encoders.config import AudioConfig
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from data.batch import IGNORE, Batch
 from model import Gemma4
 from model.init import random_fill, whole_slices
 from parallel.apply import ParallelModel, build_parallel_model
-from parallel.collectives import swap
-from parallel.cut import SCHEDULES
+from parallel.collectives import send_recv
+from parallel.dtensors import local_part
 from parallel.layout import Layout
-from parallel.mesh import World, build_mesh
-from parallel.sharded import local_part
-from parallel.stage import Gemma4Stage, carried_types, shapes_at
+from parallel.mesh import build_mesh
+from parallel.pipeline.layout import SCHEDULES
+from parallel.pipeline.stage import Gemma4Stage, carried_types, shapes_at
+from parallel.world import World
 from tests.compare import hold, relative_error
 from tests.distributed import run_ranks
 from tests.meshes import (
@@ -53,7 +54,7 @@ def slow_imports() -> None:
     """Once here, not in every rank."""
     import torchtitan.distributed.activation_checkpoint  # noqa: F401
 
-    import parallel.pipeline  # noqa: F401
+    import parallel.pipeline.schedule  # noqa: F401
 
 
 def through(stages: list[Gemma4Stage], batch: Batch) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
@@ -223,7 +224,7 @@ def test_copies_of_the_table_stay_equal_while_shapes_change(slow_imports: None) 
             step(parallel, case, world, number).clip(0.5)
             optimizer.step()
             optimizer.zero_grad()
-            same.append(torch.equal(table, swap(table.detach(), 1 - world.rank, mesh.pp)))
+            same.append(torch.equal(table, send_recv(table.detach(), 1 - world.rank, mesh.pp)))
             assert not torch.equal(before, table)
         return same
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from model.config import Gemma4Config
 from model.errors import ConfigError, UserError, nearest
 from model.gemma4 import Gemma4
-from model.hf_format import Weights, WeightsError
+from model.hf.weights import Weights, WeightsError
 from model.init import whole_slices
 from model.variants import HUB_IDS
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.linear import Linear
-from parallel.stage import Gemma4Stage
+from parallel.pipeline.stage import Gemma4Stage
 
 
 class WeightGradients:

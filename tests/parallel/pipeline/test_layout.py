@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 
 from model import ConfigError, Gemma4Config
-from parallel.cut import check_pipeline, cut_layers, layer_costs
+from parallel.pipeline.layout import check_pipeline, cut_layers, layer_costs
 
 
 @pytest.mark.parametrize("name", ["tiny_e2b", "tiny_26b_a4b", "e4b"])

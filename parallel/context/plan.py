@@ -35,7 +35,7 @@ from model.inputs import Inputs, Masks, keep
 from model.masks import AttentionMask
 from model.rope import RotaryTable, rotary_table
 from parallel.collectives import exchange_rows, gather_tokens
-from parallel.ring import Parts, as_they_are, ring_attention
+from parallel.context.ring import Parts, as_they_are, ring_attention
 
 
 @dataclass(frozen=True)

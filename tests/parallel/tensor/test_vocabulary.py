@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from model.errors import ConfigError
 from model.head import Head, linear_cross_entropy, softcapped_logits
-from parallel.mesh import World
-from parallel.sequence_parallel import TensorParallel, tokens_on_every_rank
-from parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
+from parallel.tensor.tokens import TensorParallel, tokens_on_every_rank
+from parallel.tensor.vocabulary import VocabParallelEmbedding, VocabParallelHead
+from parallel.world import World
 from tests.compare import hold, relative_error
 from tests.distributed import run_ranks
 from tests.report import report

@@ -56,21 +56,21 @@ def layer_costs(config: Gemma4Config, sequence_length: int) -> list[int]:
 
 
 def cut_layers(config: Gemma4Config, sequence_length: int, stages: int) -> list[range]:
-    """The runs of layers whose dearest stage, the head counted to the last, is cheapest."""
+    """The runs of layers that make the slowest stage fastest; the head counts to the last stage."""
     costs = layer_costs(config, sequence_length)
     costs[-1] += config.hidden_size * config.vocab_size
     total = [0]
     for cost in costs:
         total.append(total[-1] + cost)
     count = len(costs)
-    # best[k][end]: the dearest of k stages over the first `end` layers, and where the last of them starts
+    # best[k][end]: the slowest of k stages over the first `end` layers, and where the last of them starts
     best: list[dict[int, tuple[int, int]]] = [{0: (0, 0)}]
     for k in range(1, stages + 1):
         best.append(
             {
                 end: min(
-                    (max(dearest, total[end] - total[start]), -start)
-                    for start, (dearest, _) in best[k - 1].items()
+                    (max(slowest, total[end] - total[start]), -start)
+                    for start, (slowest, _) in best[k - 1].items()
                     if start < end
                 )
                 for end in range(k, count - stages + k + 1)

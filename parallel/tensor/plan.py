@@ -27,9 +27,9 @@ from torch.distributed.tensor import Shard
 from model import Gemma4
 from model.config import LayerConfig
 from model.linear import Linear
-from parallel.sequence_parallel import TensorParallel
-from parallel.sharded import local_part, sharded_parameter
-from parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
+from parallel.dtensors import local_part, sharded_parameter
+from parallel.tensor.tokens import TensorParallel
+from parallel.tensor.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
 
 class Split(Enum):

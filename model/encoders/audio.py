@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.clipped_linear import ClippedLinear
-from model.clips import Clips
+from model.encoders.clipped_linear import ClippedLinear
+from model.encoders.clips import Clips
+from model.encoders.config import AudioConfig
 from model.media import Frames
-from model.media_config import AudioConfig
 from model.norm import RMSNorm
 from model.precision import accumulation_dtype, upcast
 

@@ -1,4 +1,4 @@
-"""Host memory while a released checkpoint is loaded: `python -m launch.benchmark load`.
+"""Host memory while a released checkpoint is loaded: `python -m launch.benchmarks.compare load`.
 
 Writes a checkpoint of three layers of 26B-A4B (6.3 GB in bfloat16), loads it on two ranks into
 float32 masters, and reports each rank's peak beyond the slices it keeps.
@@ -20,12 +20,13 @@ from torch.distributed.tensor import DTensor
 from launch.arguments import run
 from launch.torchrun import start
 from model import Gemma4, Gemma4Config
-from model.hf_format import INDEX, Weights, disk_key
+from model.hf.weights import INDEX, Weights, disk_key
 from model.init import initialised_tensors
 from parallel.agree import from_all
 from parallel.apply import build_parallel_model
 from parallel.layout import Layout
-from parallel.mesh import World, build_mesh, init_process_group
+from parallel.mesh import build_mesh
+from parallel.world import World, init_process_group
 
 RANKS = 2
 _GB = 10**9
@@ -86,7 +87,7 @@ def load(layers: int = 3) -> None:
     with tempfile.TemporaryDirectory(prefix="gemwright-load-") as name:
         written = write_checkpoint(Path(name), layers)
         print(f"loading {written / _GB:.1f} GB of bfloat16 on {RANKS} ranks into float32 masters", flush=True)
-        start("launch.load_memory", RANKS, f"folder={name}")
+        start("launch.benchmarks.load_memory", RANKS, f"folder={name}")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention_kernels import attention
-from model.clipped_linear import ClippedLinear
+from model.encoders.clipped_linear import ClippedLinear
+from model.encoders.config import VisionConfig, VisionEmbedderConfig
 from model.masks import AttentionMask
 from model.media import Patches
-from model.media_config import VisionConfig, VisionEmbedderConfig
 from model.norm import RMSNorm
 from model.precision import accumulation_dtype, upcast
 from model.rope import RotaryTable, apply_axial_rotary, axial_rotary_table

@@ -29,8 +29,8 @@ from model.head import Head
 from model.inputs import Inputs, Masks
 
 if TYPE_CHECKING:
-    from parallel.context import ContextParallel
-    from parallel.weight_gradients import WeightGradients
+    from parallel.context.plan import ContextParallel
+    from parallel.pipeline.weight_gradients import WeightGradients
 
 StageLoss = Callable[[Tensor, Head, Tensor, int], Tensor]
 """Loss of kept hidden states [T, D] of a micro-batch, given the head, its table and the micro-batch's number."""

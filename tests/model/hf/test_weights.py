@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import ConfigError, Gemma4Config, UserError
-from model.hf_config import config_to_hf
-from model.hf_format import INDEX, disk_key, our_name
-from model.hub import load_model, load_tokenizer, resolve
+from model.hf.config import config_to_hf
+from model.hf.hub import load_model, load_tokenizer, resolve
+from model.hf.weights import INDEX, disk_key, our_name
 from model.variants import VARIANT_NAMES
 from tests.model.multimodal import random_whole_config, save_reference, whole_reference
 from tests.model.reference import (

@@ -1,0 +1,1 @@
+"""What turns images, video frames and sound into soft tokens."""

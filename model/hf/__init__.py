@@ -1,0 +1,1 @@
+"""Released checkpoints: their config.json, their weights, and where they come from."""
