@@ -4,11 +4,16 @@ These are the per-layer table (2.35 B numbers in E2B, 2.82 B in E4B), and the to
 pipeline's first stage (1.41 B in 31B), which elsewhere is the head too, and so needed whole. A
 look-up asks the owners for the rows of its unique ids and gives their gradients back the same
 way. To optimizer, clipping and checkpoint a table is a parameter sharded by rows like any other.
+
+Letters of this file: R the rows of a table that a rank holds, C columns, U unique ids.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,11 +21,24 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from model import Gemma4
-from parallel.collectives import RowOwners, fetch_rows, gather_tokens
+from model.precision import upcast
+from parallel.collectives import all_to_all_rows, exchange_counts, gather_tokens
 from parallel.dtensors import sharded_parameter
 from parallel.mesh import Mesh
 from parallel.pipeline.stage import Gemma4Stage
 from parallel.tensor.tokens import TensorParallel
+
+
+class RowOwners(NamedTuple):
+    """Who holds which rows of a table: `rows_per_rank` consecutive ones on each rank of `shards`, `first_row` on here.
+
+    `replicas` are the ranks that hold the same rows, or None if there are no others.
+    """
+
+    shards: dist.ProcessGroup
+    replicas: dist.ProcessGroup | None
+    rows_per_rank: int
+    first_row: int
 
 
 class ShardedRows(nn.Module):
@@ -80,3 +98,62 @@ def shard_embedding_rows(
             setattr(text, name, rows)
             ignored.add(rows.weight)
     return ignored
+
+
+def fetch_rows(table_RC: Tensor, ids_T: Tensor, owners: RowOwners, padding_row: int, dtype: torch.dtype) -> Tensor:
+    """Rows [T, C] of a sharded table, in `dtype`. `table_RC`: the rows this rank holds; their gradients come back.
+
+    What crosses: each rank's unique ids, their rows, and in the backward one float32 gradient
+    for each. `padding_row` gets no gradient.
+    """
+    return _FetchRows.apply(table_RC, ids_T, owners, padding_row, dtype)
+
+
+class _FetchRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, table_RC: Tensor, ids_T: Tensor, owners: RowOwners, padding_row: int, dtype: torch.dtype
+    ) -> Tensor:
+        unique_U, inverse_T = torch.unique(ids_T, return_inverse=True)  # sorted, so by owner
+        wanted = torch.bincount(unique_U // owners.rows_per_rank, minlength=owners.shards.size())
+        sends, receives = torch.stack((wanted, exchange_counts(wanted, owners.shards))).tolist()
+        asked_ids = all_to_all_rows(unique_U, sends, receives, owners.shards)
+        local = (asked_ids - owners.first_row).to(table_RC.device)
+        rows_UC = all_to_all_rows(table_RC[local].to(ids_T.device, dtype), receives, sends, owners.shards)
+        ctx.save_for_backward(inverse_T, ids_T == padding_row, local)
+        ctx.owners, ctx.sends, ctx.receives = owners, sends, receives
+        ctx.table = (table_RC.shape, table_RC.device)
+        return rows_UC[inverse_T]
+
+    @staticmethod
+    def backward(ctx: Any, grad_TC: Tensor) -> tuple[Tensor, None, None, None, None]:
+        inverse_T, is_padding_T, local = ctx.saved_tensors
+        grad_TC = upcast(grad_TC)
+        grad_UC = grad_TC.new_zeros(sum(ctx.sends), grad_TC.shape[1])
+        grad_UC.index_add_(0, inverse_T, grad_TC.masked_fill(is_padding_T[:, None], 0.0))
+        grads = all_to_all_rows(grad_UC, ctx.sends, ctx.receives, ctx.owners.shards)
+        shape, device = ctx.table
+        ids = local.to(grads.device)
+        if ctx.owners.replicas is not None:
+            ids, grads = _from_all_replicas(ids, grads, ctx.owners.replicas)
+        # In the order of ranks, so replicas, which add up the same, stay the same.
+        ids, grads = ids.to(device), grads.to(device)
+        table_grad = grads.new_zeros(shape).index_add_(0, ids, grads)
+        return table_grad, None, None, None, None
+
+
+def _from_all_replicas(ids: Tensor, grads: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Ids and gradients of all replicas, end to end; they come padded to one length."""
+    count = torch.tensor([len(ids)], device=ids.device)
+    counts = torch.empty(group.size(), dtype=count.dtype, device=ids.device)
+    dist.all_gather_single(counts, count, group=group)
+    most = int(counts.max())
+    real = torch.arange(most, device=ids.device)[None, :] < counts[:, None]
+    found = []
+    for mine in (ids, grads):
+        padded = mine.new_zeros(most, *mine.shape[1:])
+        padded[: len(mine)] = mine
+        every = mine.new_empty(group.size() * most, *mine.shape[1:])
+        dist.all_gather_single(every, padded, group=group)
+        found.append(every[real.flatten()])
+    return found[0], found[1]

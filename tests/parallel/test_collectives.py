@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel import collectives
+from parallel import collectives, embedding_shards
 from parallel.world import World
 from tests.compare import hold, relative_error
 from tests.distributed import run_ranks
@@ -111,8 +111,8 @@ def fetch(missing: int, asked: Callable[[int], list[int]] = repeated, replicas: 
         same_rows = [dist.new_group(range(i, world.size, owners)) for i in range(owners)]
         place = world.rank % owners
         others = same_rows[place] if replicas else None
-        held = collectives.RowOwners(shards[world.rank // owners], others, ROWS_PER_RANK, ROWS_PER_RANK * place)
-        return collectives.fetch_rows(table, ids_of(world.rank, world.size), held, PADDING, torch.float64)
+        held = embedding_shards.RowOwners(shards[world.rank // owners], others, ROWS_PER_RANK, ROWS_PER_RANK * place)
+        return embedding_shards.fetch_rows(table, ids_of(world.rank, world.size), held, PADDING, torch.float64)
 
     def formula(parts: list[Tensor]) -> list[Tensor]:
         table = torch.cat(parts[: owners_of(len(parts))])
