@@ -13,7 +13,7 @@ import torch
 
 from launch.arguments import WORDS, run
 from model import Gemma4, Gemma4Config
-from model.encoders.config import AudioConfig, VisionConfig
+from model.encoders.config import ENCODERS, AudioConfig, VisionConfig
 from model.variants import HUB_IDS, VARIANT_NAMES
 
 
@@ -32,15 +32,14 @@ def parameters(config: Gemma4Config) -> dict[str, int]:
         return sum(size for name, size in sizes.items() if any(part in name for part in parts))
 
     experts, active = count(".experts."), 0
-    if config.enable_moe_block:
-        assert config.num_experts and config.top_k_experts
-        active = experts * config.top_k_experts // config.num_experts
+    if config.moe is not None:
+        active = experts * config.moe.top_k // config.moe.num_experts
     return {
         "total": sum(sizes.values()),
         "tables": count("embed_tokens"),
         "active text": count("language_model.") - experts + active,
-        "vision": count("vision_tower.", "vision_embedder.", "embed_vision."),
-        "audio": count("audio_tower.", "embed_audio."),
+        "vision": count(*ENCODERS["vision"]),
+        "audio": count(*ENCODERS["audio"]),
     }
 
 

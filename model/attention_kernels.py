@@ -184,12 +184,12 @@ def _compiled_flex() -> Callable[..., Any]:
 
 
 def flex(q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> Tensor:
-    with torch._dynamo.config.patch(recompile_limit=_FLEX_GRAPHS):
+    with torch.compiler.config.patch(recompile_limit=_FLEX_GRAPHS):  # type: ignore[attr-defined]
         return flex_over(_compiled_flex(), q_TNH, k_BSKH, v_BSKH, mask)
 
 
 def flex_partial(q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor]:
-    with torch._dynamo.config.patch(recompile_limit=_FLEX_GRAPHS):
+    with torch.compiler.config.patch(recompile_limit=_FLEX_GRAPHS):  # type: ignore[attr-defined]
         return flex_partial_over(_compiled_flex(), q_TNH, k_BSKH, v_BSKH, mask)
 
 

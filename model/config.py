@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from model.encoders.config import AudioConfig, AudioEmbedderConfig, VisionConfig, VisionEmbedderConfig
 from model.errors import ConfigError
@@ -53,6 +53,14 @@ class LayerConfig:
     @property
     def is_kv_consumer(self) -> bool:
         return self.kv_source != self.index
+
+
+class MoESizes(NamedTuple):
+    """A mixture of experts: how many, how many of them a token chooses, and the width of each."""
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +156,7 @@ class Gemma4Config:
             for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
                 if not getattr(self, name):
                     raise ConfigError(f"model.enable_moe_block=true needs model.{name}, which is not set.")
-            assert self.num_experts and self.top_k_experts
-            if self.top_k_experts > self.num_experts:
+            if self.moe is not None and self.moe.top_k > self.moe.num_experts:
                 raise ConfigError(
                     f"model.top_k_experts={self.top_k_experts} exceeds num_experts={self.num_experts}; "
                     f"largest legal here: {self.num_experts}."
@@ -167,6 +174,14 @@ class Gemma4Config:
     def first_kv_shared_layer(self) -> int:
         """Index of the first layer that makes no keys and values; `num_hidden_layers` if all do."""
         return self.num_hidden_layers - self.num_kv_shared_layers
+
+    @property
+    def moe(self) -> MoESizes | None:
+        """Sizes of the mixture of experts, if the variant has one."""
+        if not self.enable_moe_block:
+            return None
+        assert self.num_experts and self.top_k_experts and self.moe_intermediate_size
+        return MoESizes(self.num_experts, self.top_k_experts, self.moe_intermediate_size)
 
     @property
     def sees_images_both_ways(self) -> bool:

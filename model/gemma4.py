@@ -20,9 +20,6 @@ from model.media import Media
 from model.norm import RMSNorm
 from model.per_layer_embedding import per_layer_inputs, scaled_embedding
 
-ENCODERS = ("vision_tower", "vision_embedder", "embed_vision", "audio_tower", "embed_audio")
-"""Parts of a `Gemma4` that only batches with media touch."""
-
 
 class TextDecoder(nn.Module):
     """Embedding tables, decoder layers and final norm; module names are those of the released checkpoints.

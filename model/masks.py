@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
@@ -123,15 +123,9 @@ class AttentionMask:
         """`mask_mod` as flex attention's block-sparse mask."""
         queries = self.num_queries // self.batch_size if self.padding is None else self.padding.index_BQ.shape[1]
         device = self.batch_T.device
-        return create_block_mask(
-            self.mask_mod(),
-            self.batch_size,
-            None,
-            queries,
-            self.num_keys,
-            device=str(device),
-            _compile=device.type == "cuda",  # uncompiled, it would hold the mask of every pair
-        )
+        # Uncompiled, it would hold the mask of every pair.
+        create = _compiled_create_block_mask() if device.type == "cuda" else create_block_mask
+        return create(self.mask_mod(), self.batch_size, None, queries, self.num_keys, device=str(device))
 
     def mask_mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """The same mask over the padded queries, in the form flex attention takes."""
@@ -151,6 +145,11 @@ class AttentionMask:
         """Bool [T, num_keys]: True where the query may look."""
         keys = torch.arange(self.num_keys, device=self.batch_T.device)
         return (keys >= self.first_key_T[:, None]) & (keys <= self.last_key_T[:, None])
+
+
+@cache
+def _compiled_create_block_mask() -> Callable[..., BlockMask]:
+    return torch.compile(create_block_mask)
 
 
 def attention_mask(

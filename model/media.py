@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model.encoders.clips import Clips
-from model.encoders.config import AudioConfig, VisionConfig
+from model.encoders.config import AudioConfig
 from model.errors import UserError
 from model.masks import AttentionMask, segment_mask
 from model.token_types import AUDIO, is_vision, token_types
@@ -141,7 +141,7 @@ def pack_patches(config: Gemma4Config, images: Sequence[tuple[Tensor, Tensor]], 
                 f"an image has patches {list(patches_TC.shape)}; this model takes a multiple of "
                 f"{vision.patches_per_token} patches of {vision.patch_width} numbers."
             )
-        most = vision.position_embedding_size if isinstance(vision, VisionConfig) else vision.mm_posemb_size
+        most = vision.num_positions
         if len(positions_T2) != len(patches_TC) or not 0 <= int(positions_T2.min()) <= int(positions_T2.max()) < most:
             raise MediaError(f"an image needs one position for each patch, from 0 to {most - 1} along each side.")
         order = _pooled_order(positions_T2, vision.pooling_kernel_size if vision.patches_per_token > 1 else 1)

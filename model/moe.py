@@ -45,13 +45,13 @@ class Router(nn.Module):
 
     def __init__(self, config: Gemma4Config) -> None:
         super().__init__()
-        assert config.num_experts and config.top_k_experts
-        self.top_k = config.top_k_experts
+        assert config.moe is not None
+        self.top_k = config.moe.top_k
         self.root_size = config.hidden_size**-0.5
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, with_scale=False)
-        self.proj = Linear(config.hidden_size, config.num_experts)
+        self.proj = Linear(config.hidden_size, config.moe.num_experts)
         self.scale = nn.Parameter(torch.ones(config.hidden_size))
-        self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
+        self.per_expert_scale = nn.Parameter(torch.ones(config.moe.num_experts))
         self.observer = None
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,8 +101,8 @@ class Experts(nn.Module):
 
     def __init__(self, config: Gemma4Config) -> None:
         super().__init__()
-        assert config.num_experts and config.moe_intermediate_size
-        E, D, F_ = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        assert config.moe is not None
+        E, D, F_ = config.moe.num_experts, config.hidden_size, config.moe.intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, F_))
         self.grouped_mm = grouped_mm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from model import Gemma4
+from model.encoders.config import LAYER_STACKS
 from parallel.options import ActivationCheckpointConfig
 
 
@@ -20,7 +21,7 @@ def apply_activation_checkpoint(model: Gemma4, options: ActivationCheckpointConf
     policy: ActivationCheckpointing = FullAC(FullAC.Config(preserve_rng_state=False))
     if options.mode == "selective":
         policy = SelectiveAC(SelectiveAC.Config(preserve_rng_state=False, force_recompute_mm_shapes_by_fqns=[]))
-    for name in ("language_model", "vision_tower.encoder", "audio_tower"):
+    for name in ("language_model", *LAYER_STACKS):
         if not hasattr(model, name.partition(".")[0]):
             continue
         stack = model.get_submodule(name)

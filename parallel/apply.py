@@ -19,7 +19,7 @@ from parallel.embedding_shards import shard_embedding_rows
 from parallel.expert import apply_expert_parallel
 from parallel.float8 import apply_float8
 from parallel.fsdp import shard
-from parallel.materialize import initialise
+from parallel.materialize import materialize
 from parallel.mesh import Mesh
 from parallel.options import ParallelConfig, PlanConfig
 from parallel.pipeline.layout import cut_layers, num_stages
@@ -123,7 +123,7 @@ def build_parallel_model(
             cpu_offload=parallel.cpu_offload,
         )
         # Storage at the end: each rank allocates only the slices it keeps.
-        initialise(part, device, fill, offloaded=parallel.cpu_offload)
+        materialize(part, device, fill, offloaded=parallel.cpu_offload)
     pipeline, model = None, cast(nn.Module, parts[0])
     if stages:
         from parallel.pipeline.schedule import Pipeline  # imports slowly, so only when asked for

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement
+
+from parallel.torch_private import compute_local_shape_and_global_offset
 
 
 def sharded_parameter(parameter: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> nn.Parameter:

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from model import Gemma4
 from model.precision import upcast
@@ -27,6 +26,7 @@ from parallel.dtensors import sharded_parameter
 from parallel.mesh import Mesh
 from parallel.pipeline.stage import Gemma4Stage
 from parallel.tensor.tokens import TensorParallel
+from parallel.torch_private import global_offset
 
 
 class RowOwners(NamedTuple):
@@ -57,13 +57,13 @@ class ShardedRows(nn.Module):
         self.padding_idx, self.compute_dtype, self.plan = int(table.padding_idx or 0), compute_dtype, plan
         placements = (Replicate(), Shard(0))[-mesh.ndim :]
         self.weight = sharded_parameter(table.weight, mesh, placements)
-        _, offset = compute_local_shape_and_global_offset(table.weight.shape, mesh, placements)
+        assert isinstance(self.weight, DTensor)
         shards = mesh.size(mesh.ndim - 1)
         self.owners = RowOwners(
             mesh.get_group(mesh.ndim - 1),
             mesh.get_group(0) if mesh.ndim > 1 else None,
             rows_per_rank=-(-table.weight.shape[0] // shards),
-            first_row=offset[0],
+            first_row=global_offset(self.weight)[0],
         )
 
     def forward(self, ids_T: Tensor) -> Tensor:

@@ -26,13 +26,13 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import DTensor, Shard
 
 from model import Gemma4
-from model.gemma4 import ENCODERS
+from model.encoders.config import ENCODER_MODULES, LAYER_STACKS
 from model.precision import accumulation_dtype
 from parallel.mesh import Mesh
+from parallel.torch_private import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 
 
 def shard(
@@ -76,14 +76,11 @@ def shard(
 
     for layer in model.layers:
         unit(layer, reshard_after_forward)
-    for name in ENCODERS:
-        encoder = getattr(model, name, None)
-        if encoder is None:
-            continue
-        if name.endswith("_tower"):
-            for layer in (encoder.encoder if name == "vision_tower" else encoder).layers:
-                unit(layer, reshard_after_forward)
-        unit(encoder, reshard_after_forward)
+    for path in (*(f"{stack}.layers" for stack in LAYER_STACKS), *ENCODER_MODULES):
+        if hasattr(model, path.partition(".")[0]):
+            module = model.get_submodule(path)
+            for part in module.children() if path.endswith(".layers") else (module,):
+                unit(part, reshard_after_forward)
     unit(model, False)
     register_fsdp_forward_method(model, "run")
     for module in model.modules():
@@ -128,5 +125,5 @@ def require_gradient_sync(model: nn.Module, required: bool) -> None:
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(required)
     for name, module in model.named_children():
-        if name in ENCODERS and isinstance(module, FSDPModule):
+        if name in ENCODER_MODULES and isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torchtitan.components.checkpointer.utils import canonical_fqn
 
 from model import Gemma4
 from model.init import Fill, Slice, initialised_tensors
+from parallel.torch_private import global_offset
 
 
-def initialise(model: Gemma4, device: torch.device, fill: Fill, *, offloaded: bool = False) -> None:
+def materialize(model: Gemma4, device: torch.device, fill: Fill, *, offloaded: bool = False) -> None:
     """`fill` gets this rank's slice of every parameter and persistent buffer, whatever the mesh.
 
     Offloaded parameters live on the CPU; buffers are always where the computation is.
@@ -21,8 +21,7 @@ def initialise(model: Gemma4, device: torch.device, fill: Fill, *, offloaded: bo
     for name, tensor in initialised_tensors(model):
         local, offset = tensor.data, (0,) * tensor.dim()
         if isinstance(tensor, DTensor):
-            _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-            local = tensor.to_local()
+            local, offset = tensor.to_local(), global_offset(tensor)
         slices.append(Slice(local, canonical_fqn(name), tensor.shape, offset))
     fill(slices)
     for module in model.modules():

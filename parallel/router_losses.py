@@ -75,9 +75,8 @@ def watch_routers(model: Gemma4, groups: Sequence[dist.ProcessGroup], losses: Mo
     """Give every router of a model, or of one stage of it, an observer; `groups` together make up all its ranks."""
     config, found = model.config, []
     for layer in model.layers:
-        if layer.has_experts:
-            assert config.num_experts
-            watched = RouterBalance(layer.spec.index, config.num_experts, groups, losses)
+        if config.moe is not None:
+            watched = RouterBalance(layer.spec.index, config.moe.num_experts, groups, losses)
             layer.router.observer = watched
             found.append(watched)
     return found

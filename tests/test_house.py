@@ -41,19 +41,13 @@ MAY_IMPORT = {
 
 # Private names of torch and its relatives, which may change with any version, and the files that lean on them.
 PRIVATE = {
-    ("model/attention_kernels.py", "_dynamo"),
-    ("model/masks.py", "_compile"),
-    ("parallel/embedding_shards.py", "torch.distributed.tensor._utils.compute_local_shape_and_global_offset"),
-    ("parallel/fsdp.py", "torch.distributed.fsdp._fully_shard._fsdp_common.FSDPMeshInfo"),
-    ("parallel/fsdp.py", "torch.distributed.fsdp._fully_shard._fsdp_common.HSDPMeshInfo"),
-    ("parallel/fsdp.py", "torch.distributed.fsdp._fully_shard._fsdp_common.ShardPlacementResult"),
-    ("parallel/materialize.py", "torch.distributed.tensor._utils.compute_local_shape_and_global_offset"),
-    ("parallel/pipeline/schedule.py", "_fsdp_param_groups"),
-    ("parallel/pipeline/schedule.py", "_get_fsdp_state"),
-    ("parallel/dtensors.py", "torch.distributed.tensor._utils.compute_local_shape_and_global_offset"),
-    ("train/corpus.py", "_get_default_store"),
-    ("train/main.py", "_get_default_store"),
-    ("train/optimizer.py", "_init_group"),
+    ("parallel/torch_private.py", "_fsdp_param_groups"),
+    ("parallel/torch_private.py", "_get_default_store"),
+    ("parallel/torch_private.py", "_get_fsdp_state"),
+    ("parallel/torch_private.py", "torch.distributed.fsdp._fully_shard._fsdp_common.FSDPMeshInfo"),
+    ("parallel/torch_private.py", "torch.distributed.fsdp._fully_shard._fsdp_common.HSDPMeshInfo"),
+    ("parallel/torch_private.py", "torch.distributed.fsdp._fully_shard._fsdp_common.ShardPlacementResult"),
+    ("parallel/torch_private.py", "torch.distributed.tensor._utils.compute_local_shape_and_global_offset"),
 }
 
 # Config keys that have no docstring, and are in no recipe nor in README.md; by the reason.

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from model import Gemma4Config
+from model.encoders.config import ENCODERS
 from parallel.options import PlanConfig, at_least, one_of
 from parallel.world import DEVICES, DTYPES
 from train.objective import OBJECTIVES
 
-ENCODERS = ("vision", "audio")
 EXPORT_DTYPES = ("auto", "bfloat16", "float32")
 FORMATS = ("text", "chat")
 

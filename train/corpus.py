@@ -6,11 +6,10 @@ import logging
 import time
 from pathlib import Path
 
-import torch.distributed as dist
-
 from data.corpus.open import Data, Settings, Source, open_data
 from model import ConfigError, UserError
 from parallel.agree import from_all
+from parallel.torch_private import default_store
 from parallel.world import World
 from train.resolve import Resolved
 from train.stop_request import StopRequest
@@ -32,7 +31,7 @@ def prepare_data(run: Resolved, world: World, stop: StopRequest) -> Data:
         data.thinking,
         Path(data.cache) if data.cache else None,
     )
-    store = dist.distributed_c10d._get_default_store()
+    store = default_store()
     prepared = f"gemwright/prepared/{world.rank - world.local_rank}"
     if world.local_rank == 0:
         log.info("preparing %s", ", ".join(source.path for source in sources))

@@ -14,6 +14,7 @@ import time
 import torch
 
 from model import Gemma4Config
+from model.costs import layer_costs
 from model.decoder import first_pruned
 from model.encoders.config import AudioConfig, VisionConfig
 from model.inputs import Inputs
@@ -24,23 +25,16 @@ from model.media import Media
 def training_flops(config: Gemma4Config, inputs: Inputs) -> int:
     """Operations of forward and backward over a batch; reads values, so call it before the batch moves to a GPU."""
     assert inputs.kept is not None
-    D, N, P = config.hidden_size, config.num_attention_heads, config.hidden_size_per_layer_input
     tokens, kept = len(inputs.tokens_T), inputs.kept.count
     all_pairs, kept_pairs = (
         {layer_type: _pairs(mask) for layer_type, mask in masks.items()} for masks in (inputs.masks, inputs.kept.masks)
     )
-    multiply_adds = kept * config.vocab_size * D
-    for index in range(config.num_hidden_layers):
-        layer = config.layer(index)
-        H, pruned = layer.head_dim, index >= first_pruned(config)
-        queries, pairs = (kept, kept_pairs[layer.type]) if pruned else (tokens, all_pairs[layer.type])
-        if not layer.is_kv_consumer:
-            multiply_adds += tokens * D * layer.num_kv_heads * H * (1 if layer.k_eq_v else 2)
-        per_query = 2 * D * N * H + 3 * D * layer.intermediate_size + 3 * D * P
-        if config.enable_moe_block:
-            assert config.num_experts and config.top_k_experts and config.moe_intermediate_size
-            per_query += D * config.num_experts + 3 * D * config.moe_intermediate_size * config.top_k_experts
-        multiply_adds += queries * per_query + 2 * pairs * N * H
+    multiply_adds = kept * config.vocab_size * config.hidden_size
+    for index, layer_type in enumerate(config.layer_types):
+        costs = layer_costs(config, index)
+        pruned = index >= first_pruned(config)
+        queries, pairs = (kept, kept_pairs[layer_type]) if pruned else (tokens, all_pairs[layer_type])
+        multiply_adds += tokens * costs.key + queries * costs.query + pairs * costs.pair
     return 3 * 2 * multiply_adds
 
 

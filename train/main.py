@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 
 from model import UserError
+from parallel.torch_private import default_store
 from parallel.world import World, init_process_group, is_lost_rank, select_device
 from train.load_config import load_config
 from train.resolve import resolve
@@ -46,7 +47,7 @@ def _leave(world: World, message: str) -> NoReturn:
     Other ranks wait in a collective, so an orderly exit would wait for them.
     """
     try:
-        first = dist.distributed_c10d._get_default_store().add("gemwright/error", 1) == 1
+        first = default_store().add("gemwright/error", 1) == 1
     except (RuntimeError, ValueError):  # no process group yet, or the rank that kept its store is gone
         first = True
     if first:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from data.corpus.mixture import whole_parts
 from model import ConfigError, Gemma4Config
-from model.encoders.config import AudioEmbedderConfig, VisionEmbedderConfig
+from model.encoders.config import ENCODERS
 from model.hf.hub import resolve as resolve_weights
 from model.hf.weights import WeightsError
 from parallel.layout import AXES, Layout, micro_batch_size, resolve_layout
 from parallel.pipeline.layout import check_pipeline
-from train.config import ENCODERS, Config, DataConfig, ModelConfig
+from train.config import Config, DataConfig, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,12 @@ def _training_of(model: ModelConfig, encoder: str) -> str:
 
 def _frozen(config: Config, model: Gemma4Config) -> tuple[str, ...]:
     names = []
-    for encoder, tower in (("vision", "vision_tower"), ("audio", "audio_tower")):
+    for encoder in ENCODERS:
         sizes, mode = getattr(model, encoder), _training_of(config.model, encoder)
         if sizes is None or mode == "train":
             continue
-        if not isinstance(sizes, AudioEmbedderConfig):  # which is nothing but its projector
-            names.append("vision_embedder" if isinstance(sizes, VisionEmbedderConfig) else tower)
+        if sizes.module is not None:
+            names.append(sizes.module)
         if mode == "freeze":
             names.append(f"embed_{encoder}")
     return tuple(names)

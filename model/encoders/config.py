@@ -6,6 +6,16 @@ Field names are those of the released `config.json`; defaults are the values all
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
+
+ENCODERS = {
+    "vision": ("vision_tower", "vision_embedder", "embed_vision"),
+    "audio": ("audio_tower", "embed_audio"),
+}
+"""The modules of a `Gemma4` that only media of a kind touch; a variant has those that its sizes ask for."""
+ENCODER_MODULES = tuple(chain(*ENCODERS.values()))
+LAYER_STACKS = ("vision_tower.encoder", "audio_tower")
+"""Where a tower has its `layers`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +35,16 @@ class VisionConfig:
     rope_theta: float = 100.0
     rms_norm_eps: float = 1e-6
     soft_tokens: int = 280
+
+    @property
+    def num_positions(self) -> int:
+        """Positions along each side of an image."""
+        return self.position_embedding_size
+
+    @property
+    def module(self) -> str | None:
+        """The module before the projector."""
+        return "vision_tower"
 
     @property
     def patch_width(self) -> int:
@@ -50,6 +70,16 @@ class VisionEmbedderConfig:
     mm_posemb_size: int = 1120
     rms_norm_eps: float = 1e-6
     soft_tokens: int = 280
+
+    @property
+    def num_positions(self) -> int:
+        """Positions along each side of an image."""
+        return self.mm_posemb_size
+
+    @property
+    def module(self) -> str | None:
+        """The module before the projector."""
+        return "vision_embedder"
 
     @property
     def patch_width(self) -> int:
@@ -87,6 +117,11 @@ class AudioConfig:
     output_proj_dims: int = 1536
 
     @property
+    def module(self) -> str | None:
+        """The module before the projector."""
+        return "audio_tower"
+
+    @property
     def frame_width(self) -> int:
         """Mel filters of one frame: as many as the first convolution has channels."""
         return self.subsampling_conv_channels[0]
@@ -111,6 +146,11 @@ class AudioEmbedderConfig:
 
     audio_embed_dim: int = 640
     rms_norm_eps: float = 1e-6
+
+    @property
+    def module(self) -> str | None:
+        """None: there is nothing but the projector."""
+        return None
 
     @property
     def frame_width(self) -> int:

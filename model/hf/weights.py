@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from model.config import Gemma4Config
+from model.encoders.config import ENCODERS
 from model.errors import UserError
 from model.gemma4 import Gemma4
 from model.init import Slice, initialised_tensors
@@ -35,10 +36,6 @@ _ELEMENTS_PER_PIECE = 1 << 24
 _ELEMENTS_MAPPED = 1 << 28
 _IGNORED = re.compile(r"(^|\.)(lm_head\.weight|\w*inv_freq|embed_scale|inv_timescales|softcap)$")
 _CONSUMER_KV = re.compile(r"^language_model\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm)\.weight$")
-_ENCODERS = {
-    "vision": ("vision_tower.", "vision_embedder.", "embed_vision."),
-    "audio": ("audio_tower.", "embed_audio."),
-}
 
 
 class WeightsError(UserError):
@@ -203,9 +200,7 @@ def _may_be_left_out(name: str, config: Gemma4Config) -> bool:
     if consumer:
         index = int(consumer[1])
         return index < config.num_hidden_layers and config.layer(index).is_kv_consumer
-    return any(
-        name.startswith(prefixes) and getattr(config, encoder) is None for encoder, prefixes in _ENCODERS.items()
-    )
+    return any(name.partition(".")[0] in parts and getattr(config, kind) is None for kind, parts in ENCODERS.items())
 
 
 def _swap(name: str, prefixes: Iterable[tuple[str, str]]) -> str:

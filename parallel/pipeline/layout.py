@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from model.config import ConfigError, Gemma4Config
+from model.costs import layer_costs
 
 SCHEDULES = ("1f1b", "interleaved", "zero_bubble")
 
@@ -38,26 +39,19 @@ def check_pipeline(
         )
 
 
-def layer_costs(config: Gemma4Config, sequence_length: int) -> list[int]:
-    """Multiply-adds for a token in each layer: products, active experts, and scores over half the keys in reach."""
-    D, N, P = config.hidden_size, config.num_attention_heads, config.hidden_size_per_layer_input
-    costs = []
+def token_costs(config: Gemma4Config, sequence_length: int) -> list[int]:
+    """Multiply-adds for a token in each layer, with scores over half the keys in reach."""
+    found = []
     for index in range(config.num_hidden_layers):
-        layer = config.layer(index)
-        cost = 2 * D * N * layer.head_dim + 3 * D * (layer.intermediate_size + P)
-        if not layer.is_kv_consumer:
-            cost += D * layer.num_kv_heads * layer.head_dim * (1 if layer.k_eq_v else 2)
-        if config.enable_moe_block:
-            assert config.num_experts and config.top_k_experts and config.moe_intermediate_size
-            cost += D * config.num_experts + 3 * D * config.moe_intermediate_size * config.top_k_experts
-        reach = sequence_length // 2 if layer.window is None else min(layer.window, sequence_length // 2)
-        costs.append(cost + 2 * reach * N * layer.head_dim)
-    return costs
+        window, costs = config.layer(index).window, layer_costs(config, index)
+        reach = sequence_length // 2 if window is None else min(window, sequence_length // 2)
+        found.append(costs.key + costs.query + reach * costs.pair)
+    return found
 
 
 def cut_layers(config: Gemma4Config, sequence_length: int, stages: int) -> list[range]:
     """The runs of layers that make the slowest stage fastest; the head counts to the last stage."""
-    costs = layer_costs(config, sequence_length)
+    costs = token_costs(config, sequence_length)
     costs[-1] += config.hidden_size * config.vocab_size
     total = [0]
     for cost in costs:

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
 
-from model.gemma4 import ENCODERS
+from model.encoders.config import ENCODER_MODULES
 from model.inputs import Inputs
 from model.precision import accumulation_dtype
 from parallel.collectives import send_recv
@@ -20,6 +20,7 @@ from parallel.dtensors import local_part
 from parallel.mesh import Mesh
 from parallel.pipeline.stage import Gemma4Stage, StageLoss, shapes_at
 from parallel.pipeline.weight_gradients import WeightGradients
+from parallel.torch_private import accumulate_gradients
 
 _SCHEDULES: dict[str, Callable[..., Any]] = {
     "1f1b": Schedule1F1B,
@@ -113,7 +114,7 @@ class Pipeline:
 
 def _gather_encoders_once(stage: nn.Module) -> None:
     """Torch ends every backward of a stage in all its units, and fails at one that was never gathered."""
-    for name in ENCODERS:
+    for name in ENCODER_MODULES:
         for module in getattr(stage, name, nn.Module()).modules():
             if isinstance(module, FSDPModule):
                 module.unshard()
@@ -131,10 +132,7 @@ def _later(stage: Gemma4Stage, deferred: WeightGradients) -> Callable[[], None]:
         make()
         for layer in stage.layers:
             assert isinstance(layer, FSDPModule)
-            for group in layer._get_fsdp_state()._fsdp_param_groups:
-                for parameter in group.fsdp_params:
-                    parameter.accumulate_unsharded_grad_if_needed()
-                    parameter.to_accumulated_grad_if_needed()
+            accumulate_gradients(layer)
 
     return make_and_add
 
