@@ -10,17 +10,15 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from model.errors import UserError, nearest
 
 T = TypeVar("T")
-WORDS = {"words": True}
-"""Metadata of the list field that takes what has no key, as in `gemwright variants e4b 31b`."""
 
 
-def parse(schema: type[T], arguments: list[str]) -> T:
-    """A `schema` from KEY=VALUE texts. A list field takes its key once for each item, one with `WORDS` plain words.
+def parse(schema: type[T], arguments: list[str], words: str | None = None) -> T:
+    """A `schema` from KEY=VALUE texts. A list field takes its key once for each item.
 
+    words: the list field that takes what has no key. A field's metadata may have `choices`, the texts that are legal.
     Raises `UserError` for an unknown key, a wrong type, or a field without default that is not given.
     """
-    hints = get_type_hints(schema)
-    words = next((field.name for field in _fields(schema) if field.metadata == WORDS), None)
+    hints, fields = get_type_hints(schema), _fields(schema)
     values: dict[str, Any] = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
@@ -30,6 +28,9 @@ def parse(schema: type[T], arguments: list[str]) -> T:
             raise UserError(f"{key} is no argument; nearest: {nearest(key, hints)} (all: {', '.join(hints)}).")
         if not equals:
             raise UserError(f"'{argument}' is not KEY=VALUE; write {key}=....")
+        legal = fields[key].metadata.get("choices", (text,))
+        if text not in legal:
+            raise UserError(f"{key}={text} does not exist; nearest: {nearest(text, legal)} (all: {', '.join(legal)}).")
         if hints[key] == list[str]:
             values.setdefault(key, []).append(text)
         else:
@@ -40,7 +41,7 @@ def parse(schema: type[T], arguments: list[str]) -> T:
     return schema(**values)
 
 
-def run(schema: type[T], command: Callable[[T], None], doc: str | None) -> None:
+def run(schema: type[T], command: Callable[[T], None], doc: str | None, words: str | None = None) -> None:
     """Parse the command line, run, and turn a mistake into one line and exit status 1."""
     arguments = sys.argv[1:]
     asked = {"-h", "--help"}.intersection(arguments)
@@ -48,20 +49,20 @@ def run(schema: type[T], command: Callable[[T], None], doc: str | None) -> None:
         print((doc or "").strip())
         sys.exit(0 if asked else 1)
     try:
-        command(parse(schema, arguments))
+        command(parse(schema, arguments, words))
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: {error}; mend it and run again.")
 
 
-def _fields(schema: type[T]) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(schema)  # type: ignore[arg-type]
+def _fields(schema: type[T]) -> dict[str, dataclasses.Field[Any]]:
+    return {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
 
 
 def _required(schema: type[T]) -> list[str]:
     missing = dataclasses.MISSING
-    return [field.name for field in _fields(schema) if field.default is field.default_factory is missing]
+    return [name for name, field in _fields(schema).items() if field.default is field.default_factory is missing]
 
 
 def _convert(key: str, text: str, hint: Any) -> Any:

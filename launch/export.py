@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file
@@ -23,7 +23,6 @@ import torch.distributed as dist
 
 from launch.arguments import run
 from model import Gemma4Config, UserError
-from model.errors import nearest
 from parallel.world import World, init_process_group
 from train.checkpoint import Checkpointer, read_state
 from train.config import EXPORT_DTYPES
@@ -35,12 +34,10 @@ class Options:
     run: str
     out: str
     checkpoint: str | None = None
-    dtype: str = "auto"
+    dtype: str = field(default="auto", metadata={"choices": EXPORT_DTYPES})
 
 
 def export_run(options: Options) -> None:
-    if options.dtype not in EXPORT_DTYPES:
-        raise UserError(f"dtype={options.dtype} does not exist; nearest: {nearest(options.dtype, EXPORT_DTYPES)}.")
     folder = Path(options.run)
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"run={folder} holds no checkpoints; give the run.dir of a training run.")

@@ -49,16 +49,13 @@ class Options:
     top_k: int = 64
     top_p: float = 0.95
     seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
+    device: str = field(default="auto", metadata={"choices": DEVICES})
+    dtype: str = field(default="auto", metadata={"choices": DTYPES})
     special: bool = False
 
 
 def generate(options: Options) -> Iterator[str]:
     """Pieces of text as they become whole characters. Raises `UserError`."""
-    for name, value, legal in (("device", options.device, DEVICES), ("dtype", options.dtype, DTYPES)):
-        if value not in legal:
-            raise UserError(f"{name}={value} does not exist; legal: {', '.join(legal)}.")
     device = select_device(options.device, World.from_environment())
     folder = resolve(options.weights)
     model = load_model(folder, dtype=compute_dtype(options.dtype, device), device=device)

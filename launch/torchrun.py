@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import subprocess
 import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -34,13 +33,6 @@ def with_script(arguments: list[str], script: str) -> list[str]:
     own = parse([*arguments, script]).training_script_args
     end = len(arguments) - len(own)
     return [*arguments[:end], script, *arguments[end:]]
-
-
-def start(module: str, size: int, argument: str) -> None:
-    """Run a module in so many processes of one thread each, or exit with one line if it fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "-m", module, argument]
-    if subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode:
-        sys.exit(f"error: {module} {argument} failed on {size} ranks; what they said stands above.")
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from launch.arguments import WORDS, run
+from launch.arguments import run
 from model import Gemma4, Gemma4Config
 from model.encoders.config import ENCODERS, AudioConfig, VisionConfig
 from model.variants import HUB_IDS, VARIANT_NAMES
@@ -19,7 +19,7 @@ from model.variants import HUB_IDS, VARIANT_NAMES
 
 @dataclass
 class Options:
-    names: list[str] = field(default_factory=list, metadata=WORDS)
+    names: list[str] = field(default_factory=list)
 
 
 def parameters(config: Gemma4Config) -> dict[str, int]:
@@ -84,7 +84,7 @@ def list_variants(options: Options) -> None:
 
 
 def main() -> None:
-    run(Options, list_variants, __doc__)
+    run(Options, list_variants, __doc__, "names")
 
 
 if __name__ == "__main__":

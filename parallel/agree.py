@@ -6,14 +6,13 @@ Every rank of the group must call these; without a process group they are those 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
 Group = dist.ProcessGroup | None
-_LONGEST = 300
 
 
 class RankError(OSError):
@@ -40,31 +39,26 @@ def summed_counts(*counts: int) -> list[int]:
 def together(step: Callable[[], T], group: Group = None) -> T:
     """The result of a step on this rank, once it is done on all. Raises `RankError` if it failed on any."""
     result, failure = _attempt(step)
-    _raise_first(from_all(failure, group))
-    return cast(T, result)
+    for said in from_all(failure, group):
+        if said is not None:
+            raise RankError(said)
+    return result
 
 
 def on_rank_0(step: Callable[[], T], group: Group = None) -> T:
     """The result of a step that rank 0 alone runs, on every rank. Raises `RankError` if it failed."""
-    first = not dist.is_initialized() or dist.get_rank(group) == 0
-    box = [_attempt(step) if first else (None, None)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, group=group, group_src=0)
-    result, failure = box[0]
-    _raise_first([failure])
-    return cast(T, result)
+    alone = not dist.is_initialized() or dist.get_rank(group) == 0
+    outcome: Any = _attempt(step) if alone else None
+    result, failure = from_all(outcome, group)[0]
+    if failure is not None:
+        raise RankError(failure)
+    return result
 
 
-def _attempt(step: Callable[[], T]) -> tuple[T | None, str | None]:
+def _attempt(step: Callable[[], Any]) -> tuple[Any, str | None]:
     try:
         return step(), None
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # also torch's CheckpointException, for a rank that left would leave others waiting
-        return None, " ".join(str(error).split())[:_LONGEST] or type(error).__name__
-
-
-def _raise_first(failures: list[str | None]) -> None:
-    for failure in failures:
-        if failure is not None:
-            raise RankError(failure)
+        return None, " ".join(str(error).split())[:300] or type(error).__name__

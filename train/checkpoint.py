@@ -14,8 +14,8 @@ import json
 import logging
 import re
 import shutil
+import tempfile
 import time
-import uuid
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -58,22 +58,17 @@ class Checkpointer:
             on_rank_0(self._clear, self._group)  # what a killed save or prune left behind
 
     def _require_shared_folder(self) -> None:
-        token = self.folder / on_rank_0(self._make_token, self._group)
+        token = self.folder / on_rank_0(lambda: Path(tempfile.mkdtemp(".shared", ".", self.folder)).name, self._group)
         deadline = time.monotonic() + _VISIBLE_SECONDS
         while not token.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         seen = from_all(token.exists(), self._group)
-        on_rank_0(token.unlink, self._group)
+        on_rank_0(token.rmdir, self._group)
         if not all(seen):
             raise UserError(
                 f"{self.folder} on rank 0 is not what rank {seen.index(False)} sees there; "
                 "put run.dir on a file system that all nodes share."
             )
-
-    def _make_token(self) -> str:
-        token = f".shared-{uuid.uuid4().hex}"
-        (self.folder / token).touch()
-        return token
 
     def _clear(self) -> None:
         for leftover in self.folder.glob(".step_*"):

@@ -24,22 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from launch.arguments import WORDS, run
-from launch.benchmarks.load_memory import load
-from launch.benchmarks.mesh_memory import memory
+from launch.arguments import run
+from launch.benchmarks.memory import load, memory
 from model import Gemma4, Gemma4Config, UserError
 from model.attention_kernels import blocked
-from model.errors import nearest
 from model.head import linear_cross_entropy, softcapped_logits
 from model.masks import attention_mask
 
 SOFTCAP = 30.0
-
-
-@dataclass
-class Options:
-    what: list[str] = field(metadata=WORDS)
-    rounds: int = 5
 
 
 def side_by_side(functions: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
@@ -157,11 +149,13 @@ COUNTED = {"attention": attention, "supervised": supervised}
 ONCE = {"loss": loss, "memory": memory, "load": load}
 
 
+@dataclass
+class Options:
+    what: list[str] = field(metadata={"choices": (*COUNTED, *ONCE)})
+    rounds: int = 5
+
+
 def benchmark(options: Options) -> None:
-    for name in options.what:
-        if name not in COUNTED | ONCE:
-            choices = [*COUNTED, *ONCE]
-            raise UserError(f"'{name}' is no benchmark; nearest: {nearest(name, choices)} (all: {', '.join(choices)}).")
     for name in options.what:
         if name in ONCE:
             ONCE[name]()
@@ -170,7 +164,7 @@ def benchmark(options: Options) -> None:
 
 
 def main() -> None:
-    run(Options, benchmark, __doc__)
+    run(Options, benchmark, __doc__, "what")
 
 
 if __name__ == "__main__":

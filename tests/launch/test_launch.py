@@ -135,7 +135,7 @@ def test_variants_prints_all_of_them() -> None:
     [
         (["variants", "32b"], "nearest: gemma4_"),
         (["variants", "nams=e4b"], "nams is no argument; nearest: names (all: names)."),
-        (["benchmark", "attentoin"], "'attentoin' is no benchmark; nearest: attention (all: "),
+        (["benchmark", "attentoin"], "what=attentoin does not exist; nearest: attention (all: "),
         (["benchmark", "attention", "rouns=3"], "rouns is no argument; nearest: rounds (all: what, rounds)."),
         (["benchmark", "rounds=3"], "what=... is missing; --help shows an example."),
         (["benchmark", "loss", "rounds=few"], "rounds=few has the wrong type; rounds is a whole number."),
@@ -148,7 +148,7 @@ def test_a_mistyped_word_or_key_names_the_nearest(arguments: list[str], message:
 
 
 def test_words_and_keys_may_be_mixed() -> None:
-    assert parse(BenchmarkOptions, ["loss", "rounds=3", "load"]) == BenchmarkOptions(["loss", "load"], 3)
+    assert parse(BenchmarkOptions, ["loss", "rounds=3", "load"], "what") == BenchmarkOptions(["loss", "load"], 3)
     assert parse(BenchmarkOptions, ["what=loss"]) == BenchmarkOptions(["loss"])
 
 

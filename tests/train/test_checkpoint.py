@@ -232,6 +232,7 @@ CRASHES = [
     ("replace_file", 3),
     ("Path.rename", 1),
     ("Path.rename", 2),
+    ("Path.rename", 3),
     ("os.replace", 3),
     ("rmtree", 1),
 ]
