@@ -33,7 +33,7 @@ class KeyValueCache(Protocol):
     """Keeps the keys and values of earlier tokens, for decoding."""
 
     def store(self, layer: int, new: KeyValue) -> KeyValue:
-        """Those that the queries of a layer see, for its new ones."""
+        """Keep a layer's new keys and values; returns all that its queries see."""
         ...
 
 

@@ -129,8 +129,9 @@ def test_every_config_key_is_explained() -> None:
     from train.config import Config
     from train.load_config import get, leaves
 
-    [schema] = [source for source in product() if source.name == "train/config.py"]
-    readme, config, explained = text_of("README.md"), Config(), fields(schema.tree)
+    schemas = [source for source in product() if source.name in ("train/config.py", "parallel/options.py")]
+    readme, config = text_of("README.md"), Config()
+    explained = {name: found for schema in schemas for name, found in fields(schema.tree).items()}
     assert "any field of `model/config.py`" in readme, "README.md: says no more where the model's sizes are"
     named = set(re.findall(r"\w+(?:\.\w+)+", readme))
     for recipe in (name for name in files() if re.fullmatch(r"configs/.*\.yaml", name)):
@@ -144,8 +145,8 @@ def test_every_config_key_is_explained() -> None:
             found[key] = line
     listed = {key for keys in UNEXPLAINED.values() for key in keys.split()}
     none_of(
-        [f"{schema.name}:{found[key]}: {key} needs a docstring" for key in sorted(found.keys() - listed)]
-        + [f"{schema.name}: take {key} out of UNEXPLAINED" for key in sorted(listed - found.keys())]
+        [f"{key} needs a docstring (line {found[key]})" for key in sorted(found.keys() - listed)]
+        + [f"take {key} out of UNEXPLAINED" for key in sorted(listed - found.keys())]
     )
 
 

@@ -72,7 +72,7 @@ def apply_tensor_parallel(model: Gemma4, mesh: DeviceMesh, sequence_parallel: bo
     for layer in model.layers:
         for name, module in layer.named_modules():
             if next(module.parameters(recurse=False), None) is not None:
-                _apply(name, module, plan, layer.spec)
+                _split(name, module, plan, layer.spec)
     if hasattr(text, "embed_tokens"):
         text.embed_tokens = VocabParallelEmbedding(cast(nn.Embedding, text.embed_tokens), plan)
     if hasattr(text, "norm"):
@@ -93,7 +93,7 @@ def split_of(name: str) -> Split:
     return Split.WHOLE if half and half != ("a" if split is Split.INPUTS else "b") else split
 
 
-def _apply(name: str, module: nn.Module, plan: TensorParallel, spec: LayerConfig) -> None:
+def _split(name: str, module: nn.Module, plan: TensorParallel, spec: LayerConfig) -> None:
     split = split_of(name)
     if split is Split.GATHERED:
         module.register_forward_hook(_then(plan.all_gather_tokens))

@@ -49,7 +49,7 @@ def test_sharded_initial_values_equal_those_of_one_process(name: str) -> None:
         mesh = build_mesh(device, Layout(dp_shard=world.size))
         fill = random_fill(5, config.initializer_range, config.pad_token_id)
         model = build_parallel_model(config, mesh, device, fill, plans({"activation_checkpoint.mode": "full"})).model
-        assert all(layer.layer_scalar == 1 for layer in model.language_model.layers)
+        assert isinstance(model, Gemma4) and all(layer.layer_scalar == 1 for layer in model.layers)
         return {name: torch.equal(tensor, expected[name]) for name, tensor in whole_parameters(model).items()}
 
     for found in run_ranks(3, ranks):

@@ -75,7 +75,7 @@ BAD = [
     ("data.sources=[{path: a, weight: x}]", "weight=x has the wrong type; weight is a number."),
     ("data.sources=[{path: a, weight: 1}, {path: b, weight: 0}]", "a weight of 0.0; give a number above 0."),
     ("data.sources=[{path: a}, {weight: 2}]", "data.sources[1] has no path; name a file"),
-    ("data.sources=[{path: a, format: chta}]", "data.sources[0].format=chta does not exist; nearest: chat."),
+    ("data.sources=[{path: a, format: chta}]", "data.sources[0].format=chta does not exist; nearest: chat (all"),
     ("data.sources=a", "data.sources: "),
     ("nonsense", "is not KEY=VALUE"),
     ("~train.steps", "a run takes plain KEY=VALUE."),
