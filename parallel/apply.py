@@ -104,7 +104,7 @@ def build_parallel_model(
             if isinstance(part, Gemma4Stage):
                 part.context = context
         # float8 needs the sizes that are left on a rank, which a GPU must accept, and the final expert modules.
-        products = apply_float8(part, plans.float8.recipe)
+        products = apply_float8(part, plans.float8)
         # Deferral takes the layers whose product is still the plain one.
         if parallel.pp_schedule == "zero_bubble" and isinstance(part, Gemma4Stage):
             part.deferred = defer_weight_gradients(part)
@@ -114,22 +114,14 @@ def build_parallel_model(
         # Recomputation inside FSDP: a layer is gathered again for the backward before it is computed again.
         apply_activation_checkpoint(part, plans.activation_checkpoint)
         # FSDP last of all plans, over parameters that are final in number, shape and dtype.
-        shard(
-            part,
-            mesh,
-            compute_dtype=compute_dtype,
-            ignored=sharded_rows,
-            reshard_after_forward=parallel.reshard_after_forward,
-            cpu_offload=parallel.cpu_offload,
-        )
+        shard(part, mesh, parallel, compute_dtype, elsewhere=sharded_rows)
         # Storage at the end: each rank allocates only the slices it keeps.
         materialize(part, device, fill, offloaded=parallel.cpu_offload)
     pipeline, model = None, cast(nn.Module, parts[0])
     if stages:
         from parallel.pipeline.schedule import Pipeline  # imports slowly, so only when asked for
 
-        count = num_stages(parallel.pp_schedule, parallel.pp_virtual, layout.pp)
-        pipeline, model = Pipeline(stages, mesh, parallel.pp_schedule, count, compute_dtype), Stages(stages)
+        pipeline, model = Pipeline(stages, mesh, parallel, compute_dtype), Stages(stages)
     return ParallelModel(config, model, mesh, tensor, context, pipeline, routers, products)
 
 

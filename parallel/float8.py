@@ -29,18 +29,20 @@ from model.errors import ConfigError
 from model.linear import Linear, Product
 from model.moe import Experts, grouped_mm
 from parallel.expert import ParallelExperts
+from parallel.options import Float8Config
 
 GRADIENT_DTYPES = {"tensorwise": torch.float8_e5m2, "rowwise": torch.float8_e4m3fn}
 _MULTIPLE = 16
 """`torch._scaled_mm` wants both sizes of a weight, and the number of tokens in its gradient, to be multiples of it."""
 
 
-def apply_float8(model: Gemma4, recipe: str) -> str:
-    """recipe: none | tensorwise | rowwise; for a model on `meta`, after the plans that split its layers.
+def apply_float8(model: Gemma4, options: Float8Config) -> str:
+    """Let a model on `meta` compute products in float8, after the plans that split its layers.
 
     Returns what computes the products, for the log. Raises `ConfigError` where a weight has sizes
     that a GPU would refuse, also where float8 is only emulated.
     """
+    recipe = options.recipe
     if recipe == "none":
         return recipe
     native = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)

@@ -32,19 +32,14 @@ from model import Gemma4
 from model.encoders.config import ENCODER_MODULES, LAYER_STACKS
 from model.precision import accumulation_dtype
 from parallel.mesh import Mesh
+from parallel.options import ParallelConfig
 from parallel.torch_private import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 
 
 def shard(
-    model: Gemma4,
-    mesh: Mesh,
-    *,
-    compute_dtype: torch.dtype,
-    ignored: set[nn.Parameter] | None = None,
-    reshard_after_forward: bool = True,
-    cpu_offload: bool = False,
+    model: Gemma4, mesh: Mesh, options: ParallelConfig, compute_dtype: torch.dtype, elsewhere: set[nn.Parameter]
 ) -> None:
-    """Shard a model, or one stage of it, in place; `ignored` parameters are left as they are.
+    """Shard a model, or one stage of it, in place; the parameters `elsewhere` are sharded already.
 
     Gradients are summed, not averaged: the trainer divides the loss by the global token count.
     """
@@ -54,10 +49,13 @@ def shard(
         reduce_dtype=masters,
         cast_forward_inputs=False,
     )
-    offload = CPUOffloadPolicy(pin_memory=mesh.whole.device_type == "cuda") if cpu_offload else OffloadPolicy()
+    offload = CPUOffloadPolicy(pin_memory=mesh.whole.device_type == "cuda") if options.cpu_offload else OffloadPolicy()
     whole, split, experts = (_info(mesh.fsdp(m)) for m in (mesh.whole, mesh.split, mesh.experts))
 
+    to_place, placed = [p for p in model.parameters() if p not in elsewhere], []
+
     def place(parameter: nn.Parameter) -> ShardPlacementResult:
+        placed.append(parameter)
         if not isinstance(parameter, DTensor):
             return ShardPlacementResult(Shard(shard_axis(parameter.shape, whole.shard_mesh_size)), whole)
         info = split if parameter.device_mesh.mesh_dim_names == ("tp",) else experts
@@ -71,17 +69,18 @@ def shard(
             shard_placement_fn=place,
             mp_policy=policy,
             offload_policy=offload,
-            ignored_params=ignored,
+            ignored_params=elsewhere,
         )
 
     for layer in model.layers:
-        unit(layer, reshard_after_forward)
+        unit(layer, options.reshard_after_forward)
     for path in (*(f"{stack}.layers" for stack in LAYER_STACKS), *ENCODER_MODULES):
         if hasattr(model, path.partition(".")[0]):
             module = model.get_submodule(path)
             for part in module.children() if path.endswith(".layers") else (module,):
-                unit(part, reshard_after_forward)
+                unit(part, options.reshard_after_forward)
     unit(model, False)
+    assert len(placed) == len(to_place) and set(placed) == set(to_place), "a parameter is in no unit, or in two"
     register_fsdp_forward_method(model, "run")
     for module in model.modules():
         if isinstance(module, FSDPModule):

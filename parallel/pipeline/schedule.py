@@ -18,6 +18,8 @@ from model.precision import accumulation_dtype
 from parallel.collectives import send_recv
 from parallel.dtensors import local_part
 from parallel.mesh import Mesh
+from parallel.options import ParallelConfig
+from parallel.pipeline.layout import num_stages
 from parallel.pipeline.stage import Gemma4Stage, StageLoss, shapes_at
 from parallel.pipeline.weight_gradients import WeightGradients
 from parallel.torch_private import accumulate_gradients
@@ -32,10 +34,9 @@ _SCHEDULES: dict[str, Callable[..., Any]] = {
 class Pipeline:
     """Runs micro-batches forward and backward through the stages of all ranks of `pp`."""
 
-    def __init__(
-        self, stages: Sequence[Gemma4Stage], mesh: Mesh, schedule: str, count: int, dtype: torch.dtype
-    ) -> None:
-        self.stages, self.mesh, self.name, self.count, self.dtype = stages, mesh, schedule, count, dtype
+    def __init__(self, stages: Sequence[Gemma4Stage], mesh: Mesh, options: ParallelConfig, dtype: torch.dtype) -> None:
+        self.stages, self.mesh, self.name, self.dtype = stages, mesh, options.pp_schedule, dtype
+        self.count = num_stages(options.pp_schedule, options.pp_virtual, mesh.layout.pp)
         self._schedules: dict[tuple[int, ...], Any] = {}
 
     def step(self, micro_batches: Sequence[Inputs], loss: StageLoss, device: torch.device) -> None:

@@ -29,7 +29,7 @@ from parallel.apply import build_parallel_model
 from parallel.float8 import apply_float8, float8_grouped_mm, float8_product, rounded
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
-from parallel.options import ActivationCheckpointConfig
+from parallel.options import ActivationCheckpointConfig, Float8Config
 from parallel.world import World
 from tests.compare import hold
 from tests.distributed import run_ranks
@@ -108,7 +108,7 @@ def build(variant: str, dtype: torch.dtype = torch.float32) -> Gemma4:
 def trained(variant: str, recipe: str, dtype: torch.dtype, checkpoint: str = "none") -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of a model without other plans."""
     model = build(variant, dtype)
-    apply_float8(model, recipe)
+    apply_float8(model, Float8Config(recipe))
     apply_activation_checkpoint(model, ActivationCheckpointConfig(mode=checkpoint))
     return float(backward(model)), whole_gradients(model)
 
@@ -171,7 +171,7 @@ def test_gradients_of_a_model_that_has_learned_are_those_of_bfloat16(variant: st
         copy = Gemma4(config_of(variant))
         copy.load_state_dict(model.state_dict())
         copy.bfloat16()
-        apply_float8(copy, recipe)
+        apply_float8(copy, Float8Config(recipe))
         learn(copy, 100)
         found[recipe] = flat(whole_gradients(copy))
     alike = {recipe: cosine(found[recipe], found["none"]) for recipe in RECIPES}
@@ -188,7 +188,7 @@ def test_gradients_of_a_model_that_has_learned_are_those_of_bfloat16(variant: st
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dense_layers_compute_what_torchao_converts_them_to(variant: str, recipe: str) -> None:
     ours, theirs = build(variant), build(variant)
-    apply_float8(ours, recipe)
+    apply_float8(ours, Float8Config(recipe))
     for module in ours.modules():
         if isinstance(module, Experts):
             module.grouped_mm = F.grouped_mm
@@ -217,9 +217,9 @@ def test_only_linear_layers_and_experts_of_the_decoder_are_touched() -> None:
             model = Gemma4(Gemma4Config.from_name(f"tiny_{variant}"))
         before = dict(model.named_parameters())
         linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
-        assert apply_float8(model, "none") == "none"
+        assert apply_float8(model, Float8Config("none")) == "none"
         assert all(m.product is F.linear for m in linears.values())
-        described = apply_float8(model, "rowwise")
+        described = apply_float8(model, Float8Config("rowwise"))
         assert described == "rowwise, emulated" + (", experts emulated" if variant == "26b_a4b" else "")
         assert list(model.named_parameters()) == list(before.items())  # the very same objects
         names = {name for name, m in linears.items() if m.product is not F.linear}
@@ -248,9 +248,9 @@ def test_only_linear_layers_and_experts_of_the_decoder_are_touched() -> None:
 def test_sizes_a_gpu_would_refuse_are_refused(sizes: dict[str, int], message: str) -> None:
     with torch.device("meta"):
         model = Gemma4(config_of("e2b", **sizes))
-    apply_float8(model, "none")
+    apply_float8(model, Float8Config("none"))
     with pytest.raises(ConfigError, match=message):
-        apply_float8(model, "tensorwise")
+        apply_float8(model, Float8Config("tensorwise"))
 
 
 MESHES = [

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor, Shard
 
@@ -44,21 +44,19 @@ def test_private_names_do_what_they_are_used_for() -> None:
         part = DTensor.from_local(torch.zeros(3, 2), mesh, [Shard(0)])
         linear = torch.nn.Linear(2, 2, bias=False)
         torch.nn.init.ones_(linear.weight)
-        fully_shard(linear, mesh=mesh)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        fully_shard(linear, mesh=mesh, mp_policy=policy)
         assert isinstance(linear, FSDPModule)
         linear.set_requires_gradient_sync(False)
         linear(torch.ones(1, 2)).sum().backward()
         (group,) = linear._get_fsdp_state()._fsdp_param_groups
         (parameter,) = group.fsdp_params
-        parameter.unsharded_param.grad = torch.full((2, 2), 2.0)  # what is made behind a backward
+        parameter.unsharded_param.grad = torch.full((2, 2), 2.0, dtype=torch.bfloat16)  # what is made behind a backward
         torch_private.accumulate_gradients(linear)
         torch_private.default_store().set(f"seen {world.rank}", "yes")
         seen = torch_private.default_store().check([f"seen {world.rank}"])
-        kept = (
-            parameter.unsharded_accumulated_grad
-            if parameter.unsharded_accumulated_grad is not None
-            else (parameter.unsharded_param.grad)
-        )
+        kept = parameter.unsharded_accumulated_grad
+        assert kept is not None and kept.dtype == torch.float32
         return torch_private.global_offset(part), seen, kept.flatten().tolist()
 
     assert run_ranks(2, on_rank) == [((0, 0), True, [3.0] * 4), ((3, 0), True, [3.0] * 4)]
