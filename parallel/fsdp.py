@@ -52,10 +52,10 @@ def shard(
     offload = CPUOffloadPolicy(pin_memory=mesh.whole.device_type == "cuda") if options.cpu_offload else OffloadPolicy()
     whole, split, experts = (_info(mesh.fsdp(m)) for m in (mesh.whole, mesh.split, mesh.experts))
 
-    to_place, placed = [p for p in model.parameters() if p not in elsewhere], []
+    to_place, placed = set(model.parameters()) - elsewhere, set()
 
     def place(parameter: nn.Parameter) -> ShardPlacementResult:
-        placed.append(parameter)
+        placed.add(parameter)
         if not isinstance(parameter, DTensor):
             return ShardPlacementResult(Shard(shard_axis(parameter.shape, whole.shard_mesh_size)), whole)
         info = split if parameter.device_mesh.mesh_dim_names == ("tp",) else experts
@@ -80,7 +80,7 @@ def shard(
             for part in module.children() if path.endswith(".layers") else (module,):
                 unit(part, options.reshard_after_forward)
     unit(model, False)
-    assert len(placed) == len(to_place) and set(placed) == set(to_place), "a parameter is in no unit, or in two"
+    assert placed == to_place, "a parameter is in no unit, or in two"
     register_fsdp_forward_method(model, "run")
     for module in model.modules():
         if isinstance(module, FSDPModule):
