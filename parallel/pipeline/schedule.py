@@ -107,6 +107,8 @@ class Pipeline:
             if stage.is_first == stage.is_last:
                 continue
             weight, group = stage.head_weight, self.mesh.pp
+            if not weight.requires_grad:
+                continue
             assert weight.grad is not None
             own = local_part(weight.grad)
             other = send_recv(own, group.size() - 1 if stage.is_first else 0, group)

@@ -53,7 +53,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (x_TD,) = ctx.saved_tensors
-        ctx.later.leave(ctx.weight, grad, x_TD.detach())
+        if ctx.weight.requires_grad:
+            ctx.later.leave(ctx.weight, grad, x_TD.detach())
         return grad @ ctx.weight.detach(), None, None
 
 
