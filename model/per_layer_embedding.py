@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -48,4 +49,9 @@ def per_layer_inputs(
 def scaled_embedding(tokens_T: Tensor, table: nn.Module, width: int) -> Tensor:
     """Vectors of a table times sqrt(width), the factor rounded to the table's dtype first (docs/gemma4.md 2.1)."""
     vectors = table(tokens_T)
-    return vectors * torch.tensor(width**0.5, dtype=vectors.dtype).item()
+    return vectors * _root(width, vectors.dtype)
+
+
+@cache
+def _root(width: int, dtype: torch.dtype) -> float:
+    return torch.tensor(width**0.5, dtype=dtype).item()
