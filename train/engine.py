@@ -16,7 +16,7 @@ from model.media import Media, pack_frames, pack_patches
 from parallel.apply import ParallelModel
 from parallel.fsdp import require_gradient_sync
 from parallel.grad_norm import clip_grad_norm
-from train.objective import Loss, Objective
+from train.objective import Objective
 
 if TYPE_CHECKING:
     from parallel.pipeline.schedule import Pipeline
@@ -31,7 +31,7 @@ class Engine:
         self.parallel, self.objective, self.device, self.gradient_sync = parallel, objective, device, gradient_sync
         at = parallel.mesh.at
         self.is_batch_leader = at["tp"] == 0 and at["cp"] == 0 and at["pp"] == 0
-        """Whether this rank leader for the ranks that see the same sequences."""
+        """Whether this rank speaks for the ranks that see the same sequences."""
 
     def forward_backward(
         self,
@@ -48,45 +48,43 @@ class Engine:
         the result is None. Returns this rank's part of the sums of loss and other metrics; those
         of all ranks add up.
         """
-        sums: dict[str, Tensor] = {}
         if has_media is None:
             media = [batch.inputs.media or Media() for batch in micro_batches]
             has_media = [(part.vision is not None, part.audio is not None) for part in media]
         for router in self.parallel.routers:
             router.scale = 1 / len(micro_batches)
         if self.parallel.pipeline is not None:
-            self._through_stages(self.parallel.pipeline, micro_batches, units, has_media, sums)
-            return sums
-        model = self.parallel.whole
+            local = [self.local(batch, *media) for batch, media in zip(micro_batches, has_media, strict=True)]
+            return self._through_stages(self.parallel.pipeline, local, units)
+        model, found = self.parallel.whole, []
         for index, batch in enumerate(micro_batches):
             if index and should_continue is not None and not should_continue():
                 return None
             last = index == len(micro_batches) - 1
             require_gradient_sync(model, last or self.gradient_sync == "every")
-            local = self.local(batch, *has_media[index])
-            loss = self.objective(model.run(local.inputs), model.head, model.head_weight, local)
-            self._add(sums, loss)
+            local_batch = self.local(batch, *has_media[index])
+            loss = self.objective(model.run(local_batch.inputs), model.head, model.head_weight, local_batch)
             (loss.total / max(units, 1)).backward()
-        return sums
+            found.append(loss.sums())
+        return self._summed(found)
 
-    def _through_stages(
-        self,
-        pipeline: Pipeline,
-        micro_batches: Sequence[Batch],
-        units: int,
-        has_media: Sequence[tuple[bool, bool]],
-        sums: dict[str, Tensor],
-    ) -> None:
-        batches = [self.local(batch, *media) for batch, media in zip(micro_batches, has_media, strict=True)]
+    def _through_stages(self, pipeline: Pipeline, batches: Sequence[Batch], units: int) -> dict[str, Tensor]:
+        found = []
 
-        def loss(hidden_TD: Tensor, head: Head, weight_VD: Tensor, number: int) -> Tensor:
-            found = self.objective(hidden_TD, head, weight_VD, batches[number])
-            self._add(sums, found)
-            return found.total / max(units, 1)
+        def objective(hidden_TD: Tensor, head: Head, weight_VD: Tensor, number: int) -> Tensor:
+            loss = self.objective(hidden_TD, head, weight_VD, batches[number])
+            found.append(loss.sums())
+            return loss.total / max(units, 1)
 
-        pipeline.step([batch.inputs for batch in batches], loss, self.device)
-        if not sums:  # stages before the last see no loss
-            sums |= {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in self.objective.sums}
+        pipeline.step([batch.inputs for batch in batches], objective, self.device)
+        return self._summed(found)
+
+    def _summed(self, found: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The sums of all micro-batches, for all ranks to add up: one of tp's ranks, and a last stage, has them."""
+        nothing = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in self.objective.sums}
+        if not found or self.parallel.mesh.at["tp"]:
+            return nothing
+        return {name: sum((sums[name].to(self.device) for sums in found), zero) for name, zero in nothing.items()}
 
     def clip(self, max_norm: float) -> float:
         """Clip gradients to a global norm; returns the norm before."""
@@ -104,13 +102,6 @@ class Engine:
         if parallel.context is not None:
             labels_BS = parallel.context.part(labels_BS)
         return Batch(inputs, labels_BS).to(self.device)
-
-    def _add(self, sums: dict[str, Tensor], loss: Loss) -> None:
-        for name, value in {"loss": loss.nll, "count": loss.count, **loss.metrics}.items():
-            value = value.detach().double()
-            if self.parallel.mesh.at["tp"]:  # ranks of tp compute the same loss
-                value = torch.zeros_like(value)
-            sums[name] = sums.get(name, 0) + value
 
 
 def media_of_all_ranks(media: Media | None, config: Gemma4Config, *, vision: bool, audio: bool) -> Media:

@@ -31,6 +31,11 @@ class Loss:
     count: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
+    def sums(self) -> dict[str, Tensor]:
+        """What is reported, by name, in float64."""
+        parts = {"loss": self.nll, "count": self.count, **self.metrics}
+        return {name: part.detach().double() for name, part in parts.items()}
+
 
 class Objective(Protocol):
     """What the trainer needs of an objective."""

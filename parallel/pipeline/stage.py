@@ -14,7 +14,7 @@ parallel cuts sequences. Only the last stage prunes positions whose output nobod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -129,10 +129,9 @@ class Stages(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(stages)
 
-    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
-        for stage in self.stages:
-            yield from stage.named_parameters(prefix, recurse, remove_duplicate)
-
-    def named_modules(self, memo=None, prefix: str = "", remove_duplicate: bool = True):
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Modules of all stages; torch finds parameters and buffers, with their names, by this walk."""
         for stage in self.stages:
             yield from stage.named_modules(memo, prefix, remove_duplicate)
