@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from model import Gemma4
 from model.precision import upcast
-from parallel.collectives import all_to_all_rows, exchange_counts, gather_tokens
+from parallel.collectives import all_to_all_rows, exchange_counts
 from parallel.dtensors import sharded_parameter
 from parallel.mesh import Mesh
 from parallel.pipeline.stage import Gemma4Stage
@@ -70,12 +69,8 @@ class ShardedRows(nn.Module):
         plan = self.plan
         if plan is None:
             return self._fetch(ids_T)
-        share = plan.my_tokens(len(ids_T))
-        if plan.sequence_parallel:
-            return self._fetch(ids_T[share])
-        most = -(-len(ids_T) // plan.size)
-        mine = F.pad(ids_T[share], (0, most - (share.stop - share.start)), value=self.padding_idx)
-        return gather_tokens(self._fetch(mine), plan.group)[: len(ids_T)]
+        mine = self._fetch(ids_T[plan.my_tokens(len(ids_T))])
+        return mine if plan.sequence_parallel else plan.gather_my_tokens(mine, len(ids_T))
 
     def _fetch(self, ids_T: Tensor) -> Tensor:
         assert isinstance(self.weight, DTensor)

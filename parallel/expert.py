@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
@@ -21,7 +20,7 @@ from torch.distributed.tensor import Shard
 from model import Gemma4
 from model.moe import Experts, grouped_mm, run_experts, run_routed
 from model.precision import accumulation_dtype, upcast
-from parallel.collectives import exchange_counts, exchange_rows, gather_tokens
+from parallel.collectives import exchange_counts, exchange_rows
 from parallel.dtensors import local_part, sharded_parameter
 from parallel.mesh import Mesh
 from parallel.tensor.tokens import TensorParallel
@@ -50,10 +49,8 @@ class ParallelExperts(nn.Module):
         plan = self.plan
         if plan is None or plan.sequence_parallel:
             return self._routed(x_TD, weights_Tk, indices_Tk)
-        share = plan.my_tokens(len(x_TD))
-        out_TD = self._routed(x_TD[share], weights_Tk[share], indices_Tk[share])
-        most = -(-len(x_TD) // plan.size)
-        return gather_tokens(F.pad(out_TD, (0, 0, 0, most - len(out_TD))), plan.group)[: len(x_TD)]
+        mine = plan.my_tokens(len(x_TD))
+        return plan.gather_my_tokens(self._routed(x_TD[mine], weights_Tk[mine], indices_Tk[mine]), len(x_TD))
 
     def _routed(self, x_TD: Tensor, weights_Tk: Tensor, indices_Tk: Tensor) -> Tensor:
         """Each token's weighted sum [T, D] over its experts, on whichever ranks they are."""

@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -47,6 +48,11 @@ class TensorParallel:
         """This rank's run of so many tokens, which may not divide."""
         most = -(-tokens // self.size)
         return slice(min(self.rank * most, tokens), min((self.rank + 1) * most, tokens))
+
+    def gather_my_tokens(self, x_TD: Tensor, tokens: int) -> Tensor:
+        """All tokens on every rank, from its run of them on each."""
+        missing = -(-tokens // self.size) - len(x_TD)
+        return gather_tokens(F.pad(x_TD, (0, 0, 0, missing)), self.group)[:tokens]
 
     def deal(self, inputs: Inputs) -> Inputs:
         """Inputs, on the CPU, of a model whose ranks hold a run of the tokens each, if they do."""
