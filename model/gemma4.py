@@ -97,8 +97,9 @@ class Gemma4(nn.Module):
         """
         inputs = make_inputs(self.config, tokens_BS, positions, document_ids, supervised, media)
         for plan in self.plans:
-            inputs = plan(inputs)
-        return Gemma4.run(self, inputs)  # the bare method: hooks on this model's `run` are on its `forward` too
+            inputs = plan(inputs.to(torch.device("cpu")))
+        # The bare method: hooks on this model's `run` are on its `forward` too.
+        return Gemma4.run(self, inputs.to(tokens_BS.device))
 
     def run(self, inputs: Inputs, kv_cache: KeyValueCache | None = None) -> Tensor:
         """Hidden states of all positions [B, S, D], or of the kept ones [t, D].
