@@ -87,7 +87,7 @@ class LossGradients:
         self.wanted = wants_hidden or wants_weight
 
     def add(self, start: int, hidden: Tensor, capped: Tensor, grad_fp32: Tensor) -> None:
-        """A chunk's, from those of its scores; `capped` is in units of the cap. Overwrites both buffers."""
+        """Add a chunk's gradients, given those of its scores; `capped` is in units of the cap. Both are overwritten."""
         grad = grad_fp32.mul_(capped.square_().neg_().add_(1)).to(self.weight_VD.dtype)
         if self.of_hidden is not None:
             torch.mm(grad, self.weight_VD, out=self.of_hidden[start : start + hidden.shape[0]])

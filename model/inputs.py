@@ -1,7 +1,7 @@
 """All that is integer about a batch, made once, before the model and on the CPU.
 
-The model reads these facts and finds out none of its own: no layer counts, sorts or builds a mask. A plan that
-deals tokens to ranks makes other `Inputs` of them.
+The model reads these facts and finds out none of its own: no layer builds a mask or looks for the positions to keep.
+A plan that deals tokens to ranks makes other `Inputs` of them.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def grouped_mm(x: Tensor, weight: Tensor, *, offs: Tensor) -> Tensor:
 
 
 class Router(nn.Module):
-    """Scores the un-normed stream: softmax over all experts in float32, top-k, renormalise, per-expert scale.
+    """Scores the un-normed hidden states: softmax over all experts in float32, top-k, renormalise, per-expert scale.
 
     The formula is in docs/gemma4.md 5.2. `observer` is called with the scores [T, E] and the chosen experts [T, top_k]:
     it may count the choices, and add to the gradient of the scores by a hook.

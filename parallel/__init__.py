@@ -1,1 +1,1 @@
-"""Lays a model over a mesh of processes: one file per plan, `apply` orders them."""
+"""Lays a model over a mesh of processes: a file or folder for each plan, and `apply` for their order."""

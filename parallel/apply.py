@@ -1,4 +1,4 @@
-"""The order in which plans are laid over a model, and nothing else."""
+"""A model built on `meta` and laid over a mesh: the order of the plans, and why each stands where it does."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from parallel.tensor.tokens import TensorParallel
 class ParallelExperts(nn.Module):
     """In place of `Experts` on `meta`: this rank's run of consecutive experts.
 
-    Ranks of tensor parallel that all hold the whole stream take a run of its tokens each.
+    Ranks of tensor parallel that all hold every token take a run of them each.
     """
 
     grouped_mm: Callable[..., Tensor]

@@ -107,7 +107,7 @@ def float8_grouped_mm(recipe: str) -> Callable[..., Tensor]:
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """Keeps its operands as they came, and rounds them again in the backward: rounded weights are nobody's storage."""
+    """Keeps its operands as they came and rounds them again in the backward; no rounded weight stays in memory."""
 
     @staticmethod
     def forward(ctx: Any, x_TK: Tensor, weight_EKN: Tensor, offsets_E: Tensor, gradient_dtype: torch.dtype) -> Tensor:

@@ -118,8 +118,8 @@ def _info(mesh: DeviceMesh) -> FSDPMeshInfo:
 def require_gradient_sync(model: nn.Module, required: bool) -> None:
     """Whether the next backward reduces gradients or keeps them for the following micro-batch.
 
-    Encoders always reduce: FSDP2 cannot keep the gradients of a unit that the following micro-batch may not touch,
-    nor add those of parameters that have kept some, in float32, and of others that have not.
+    Encoders always reduce. The following micro-batch may not touch them, and FSDP2 then cannot reduce what a unit has
+    kept; nor can it reduce kept gradients, which are float32, together with those of parameters that have kept none.
     """
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(required)

@@ -128,7 +128,7 @@ def problem(layout: Layout, config: Gemma4Config, sequence_length: int) -> str |
         )
     if layout.sequence_parallel and tp > 1 and (sequence_length // cp) % tp:
         return (
-            f"parallel.tensor.tokens with tp={tp} does not divide the {sequence_length // cp} positions of a "
+            f"parallel.sequence_parallel with tp={tp} does not divide the {sequence_length // cp} positions of a "
             "sequence on each rank"
         )
     if layout.pp > config.num_hidden_layers:

@@ -70,7 +70,7 @@ class MoEConfig:
 
 @dataclass
 class PlanConfig:
-    """All of them, as `build_parallel_model` takes them."""
+    """The sections above, as `build_parallel_model` takes them."""
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)

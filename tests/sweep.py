@@ -119,7 +119,9 @@ def main() -> int:
             good, result = False, str(error).strip().splitlines()[-1]
         if not good:
             failed.append(index)
-        options = {name: value for name, value in case.options if not name.startswith("pp_") or case.layout.pp > 1}
+        options = {
+            name: value for name, value in case.options if not name.startswith("parallel.pp_") or case.layout.pp > 1
+        }
         print(
             f"{'ok  ' if good else 'FAIL'} {arguments.seed}:{index:<3} {case.variant:8} {case.layout} | {options} | "
             f"{result} | {time.perf_counter() - started:.1f} s",

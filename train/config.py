@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+from data.corpus.open import FORMATS
 from model import Gemma4Config
 from model.encoders.config import ENCODERS
 from parallel.options import PlanConfig, at_least, one_of
@@ -14,7 +15,6 @@ from parallel.world import DEVICES, DTYPES
 from train.objective import OBJECTIVES
 
 EXPORT_DTYPES = ("auto", "bfloat16", "float32")
-FORMATS = ("text", "chat")
 
 
 @dataclass

@@ -31,7 +31,7 @@ class Engine:
         self.parallel, self.objective, self.device, self.gradient_sync = parallel, objective, device, gradient_sync
         at = parallel.mesh.at
         self.is_batch_leader = at["tp"] == 0 and at["cp"] == 0 and at["pp"] == 0
-        """Whether this rank speaks for the ranks that see the same sequences."""
+        """Whether this rank counts for all ranks that see the same sequences."""
 
     def forward_backward(
         self,

@@ -42,7 +42,7 @@ _COURTESY_SECONDS = 10
 
 
 def _leave(world: World, message: str) -> NoReturn:
-    """Exit 1 with one line from whichever rank comes first; the others find the word taken.
+    """Exit 1; the first rank to come here prints the line, and the others print nothing.
 
     Other ranks wait in a collective, so an orderly exit would wait for them.
     """

@@ -19,7 +19,7 @@ from data.corpus.shards import ShardError
 Ints: TypeAlias = NDArray[np.int64]
 
 _SIZE_BITS = 7
-"""Sizes are lengths rounded up to so many binary digits, 1/64 at most, so that more documents share one."""
+"""A size is a length rounded up to this many binary digits (by 1/64 at most), so that more documents have the same."""
 
 
 class Piece(NamedTuple):

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from model.hf_format import INDEX, Weights, disk_key
 from safetensors.torch import save_file
 from torch import nn
 
@@ -26,6 +25,7 @@ from data.batch import Batch
 from launch.arguments import run
 from model import Gemma4, Gemma4Config
 from model.head import Head
+from model.hf.weights import INDEX, Weights, disk_key
 from model.init import initialised_tensors, random_fill
 from parallel.agree import from_all
 from parallel.apply import build_parallel_model

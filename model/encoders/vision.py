@@ -141,7 +141,7 @@ class VisionEmbedder(nn.Module):
 
 
 class MediaProjector(nn.Module):
-    """Encoder output [T, C] to the text stream's width: a weightless norm, then a linear map (docs/gemma4.md 8.3)."""
+    """Encoder output [T, C] to the decoder's width: a norm without weight, then a linear map (docs/gemma4.md 8.3)."""
 
     def __init__(self, input_size: int, hidden_size: int, eps: float) -> None:
         super().__init__()

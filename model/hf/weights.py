@@ -118,7 +118,7 @@ class Weights:
 
 
 def _batches(parts: list[Slice]) -> Iterator[list[Slice]]:
-    """Parts of one file to read before it is opened anew: what was read stays mapped, and counts as memory."""
+    """Groups of slices of one file, which is opened anew for each: pages that were read count as memory till then."""
     batch: list[Slice] = []
     for part in parts:
         batch.append(part)

@@ -102,7 +102,8 @@ class ContextParallel:
     def cut(self, inputs: Inputs) -> Inputs:
         """This rank's positions of every sequence, on the CPU, with masks that see all of it.
 
-        The model needs positions too: on sliding layers `position_T` counts from the start of the window.
+        Positions, by which queries and keys are rotated, stay those of the whole sequence; `position_T` in the mask of
+        a sliding layer counts from the start of a chunk's window.
         """
         B, S = inputs.batch_size, inputs.length
         here = self.part(torch.arange(B * S).view(B, S)).flatten()

@@ -23,7 +23,7 @@ Parts = tuple[AttentionMask | None, ...]
 """Masks over the blocks in order of arrival, this rank's own first; None where no query sees any of it."""
 
 Make = Callable[[int, Sequence[Tensor], Tensor | None], KeyValue]
-"""Keys and values of the block that arrives at a step, of what travels and a weight that all ranks have."""
+"""Makes keys and values of a block, given the step it arrives at, what travels of it, and a weight all ranks have."""
 
 
 def as_they_are(step: int, block: Sequence[Tensor], weight: Tensor | None) -> KeyValue:

@@ -55,7 +55,7 @@ class TensorParallel:
         return gather_tokens(F.pad(x_TD, (0, 0, 0, missing)), self.group)[:tokens]
 
     def deal(self, inputs: Inputs) -> Inputs:
-        """Inputs, on the CPU, of a model whose ranks hold a run of the tokens each, if they do."""
+        """Inputs of a rank that holds one run of the tokens, on the CPU; unchanged without sequence parallel."""
         if not self.sequence_parallel:
             return inputs
         held = len(inputs.tokens_T) // self.size

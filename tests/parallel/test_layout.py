@@ -33,7 +33,7 @@ ILLEGAL: list[tuple[int, str, int, dict[str, Any], str, str]] = [
         "cuts a sequence into 16 pieces, which do not divide data.sequence_length=4100",
         "cp=2",
     ),
-    (8, "31b", 4090, {"tp": 8}, "parallel.tensor.tokens with tp=8", "sequence_parallel=false"),
+    (8, "31b", 4090, {"tp": 8}, "parallel.sequence_parallel with tp=8", "sequence_parallel=false"),
     (8, "31b", 4100, {"tp": 4, "cp": 2}, "does not divide the 2050 positions", "sequence_parallel=false"),
     (64, "12b", 4096, {"pp": 64}, "parallel.pp=64 exceeds num_hidden_layers=48", "pp=32"),
     (4, "31b", 4096, {"ep": 4}, "parallel.ep=4, but this model has no experts", "ep=1"),
