@@ -59,7 +59,7 @@ def features(config: Gemma4Config) -> str:
 
 def row(name: str) -> dict[str, Any]:
     config = Gemma4Config.from_name(name)
-    full = sum(kind == "full_attention" for kind in config.layer_types)
+    full = sum(layer_type == "full_attention" for layer_type in config.layer_types)
     shape = f"{config.num_hidden_layers} ({full} full) x {config.hidden_size}"
     heads = f"{config.num_attention_heads}/{config.num_key_value_heads}"
     if config.attention_k_eq_v and config.num_global_key_value_heads:

@@ -307,7 +307,7 @@ def _text_to_hf(config: Gemma4Config, unified: bool) -> dict[str, Any]:
     override: dict[str, Any] = {"head_dim": config.global_head_dim}
     if config.attention_k_eq_v and config.num_global_key_value_heads is not None:
         override["num_key_value_heads"] = config.num_global_key_value_heads
-    full = [i for i, kind in enumerate(config.layer_types) if kind == "full_attention"]
+    full = [i for i, layer_type in enumerate(config.layer_types) if layer_type == "full_attention"]
     return (
         text
         | _FIXED_IN_TEXT

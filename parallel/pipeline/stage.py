@@ -103,7 +103,7 @@ class Gemma4Stage(Gemma4):
 def carried_types(config: Gemma4Config, border: int) -> list[LayerType]:
     """Types of attention whose keys and values, made before layer `border`, are read from there on."""
     read = {config.layer(i).type for i in range(border, config.num_hidden_layers) if config.layer(i).kv_source < border}
-    return [kind for kind in dict.fromkeys(config.layer_types) if kind in read]
+    return [layer_type for layer_type in dict.fromkeys(config.layer_types) if layer_type in read]
 
 
 def shapes_at(
@@ -116,8 +116,8 @@ def shapes_at(
     found: list[tuple[int, ...]] = [(own_tokens, config.hidden_size)]
     if config.hidden_size_per_layer_input:
         found.append((config.num_hidden_layers - border, own_tokens, config.hidden_size_per_layer_input))
-    for kind in carried_types(config, border):
-        layer = next(layer for layer in map(config.layer, range(border)) if layer.type == kind)
+    for layer_type in carried_types(config, border):
+        layer = next(layer for layer in map(config.layer, range(border)) if layer.type == layer_type)
         found += [(tokens, local_heads(layer.num_kv_heads), layer.head_dim)] * 2
     return tuple(found)
 
