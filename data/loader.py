@@ -22,7 +22,7 @@ from model import Gemma4Config, UserError
 class StepSampler(Sampler[list[int]], Stateful):
     """Index lists of this rank's micro-batches for `steps` steps, from sequence `first_sequence` on.
 
-    Its state is how many sequences the steps took whose micro-batches were all handed out, over all ranks.
+    Its state is the number of sequences, over all ranks, of the steps whose micro-batches were all handed out.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class BatchLoader(Iterator[Batch]):
 
     @property
     def sequences_seen(self) -> int:
-        """How many sequences the steps took whose batches were all taken from here; what is fetched ahead is not."""
+        """The number of sequences of the steps whose batches were all taken from here, without what is fetched ahead."""
         return _find("sequences_seen", self._loader.state_dict())
 
 

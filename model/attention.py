@@ -18,7 +18,7 @@ from model.rope import RotaryTable, apply_rotary
 
 
 class KeyValue(NamedTuple):
-    """Normed and rotated keys and normed values of one layer, [T, K, H] each, T = B * S positions."""
+    """Keys and values of one layer, [T, K, H] each: normed, and keys rotated, unless called raw."""
 
     k_TKH: Tensor
     v_TKH: Tensor
@@ -33,7 +33,7 @@ class AttentionPlan(Protocol):
     """How a layer attends where keys and values of other devices are to be seen."""
 
     def key_value(self, layer: Attention, raw: KeyValue, table: RotaryTable, mask: AttentionMask) -> KeyValue:
-        """What `attend` and other layers get, of the raw products of `k_proj` and `v_proj` over the tokens here."""
+        """Keys and values as `attend` and later layers take them; raw are the outputs of `k_proj` and `v_proj`."""
         ...
 
     def attend(self, layer: Attention, q_TNH: Tensor, key_value: KeyValue, mask: AttentionMask) -> Tensor: ...
@@ -58,7 +58,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(H, eps)
 
     def key_value(self, x_TD: Tensor, table: RotaryTable, mask: AttentionMask) -> KeyValue:
-        """Keys and values of all positions that the queries of `mask` may see."""
+        """Keys and values of these tokens; with a plan, as its `attend` takes them."""
         raw_k = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         raw_v = raw_k if self.v_proj is None else self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         raw = KeyValue(raw_k, raw_v)

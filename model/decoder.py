@@ -103,6 +103,7 @@ class DecoderLayer(nn.Module):
         else:
             key_value = shared
         if kept is not None:
+            # Two ways, since a plan may split x among devices, but gives this layer's products all of `normed`.
             x_TD, normed = kept.take(x_TD), normed[kept.index]
         attended = self.self_attn(normed, key_value, inputs.rope_q, inputs.mask)
         x_TD = x_TD + self.post_attention_layernorm(attended)

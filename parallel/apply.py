@@ -91,7 +91,7 @@ def build_parallel_model(
         for name in frozen:
             if hasattr(part, name):
                 part.get_submodule(name).requires_grad_(False)
-        # Tensor parallel replaces linear layers, table and head; what comes later changes the ones it made.
+        # Tensor parallel replaces table and head and splits linear layers, whose other parts later plans set.
         tensor = apply_tensor_parallel(part, mesh.tp, layout.sequence_parallel) if layout.tp > 1 else None
         # Inputs are cut along the sequence first: a rank of tp then has a run of what is left.
         part.plans = [*([context.cut] if context else []), *([tensor.deal] if tensor else [])]

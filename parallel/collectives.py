@@ -1,4 +1,4 @@
-"""Every differentiable collective of ours, with its backward beside it.
+"""Differentiable collectives over tokens, each with its backward beside it.
 
 The loss is the sum over ranks of the local losses. The gradient of a tensor that several ranks hold alike is partial on
 each, and the sum over ranks is the true one; for parameters FSDP's reduce makes that sum.
@@ -37,7 +37,7 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def gather_tokens(x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Every rank's rows end to end; in the backward each gets the sum of what its rows met."""
+    """The tokens of all ranks end to end; in the backward a rank gets the sum of all ranks' gradients of its own."""
     return _Collective.apply(x_TD, partial(_gathered, group=group), partial(_scattered, group=group))
 
 
@@ -53,7 +53,7 @@ def exchange_rows(x: Tensor, sends: list[int], receives: list[int], group: dist.
 
 
 def exchange_counts(sends_R: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """How many each rank has for this one, for how many this one has for each."""
+    """Send a count to each rank; returns the counts that each sends here."""
     receives_R = torch.empty_like(sends_R)
     dist.all_to_all_single(receives_R, sends_R, group=group)
     return receives_R

@@ -1,7 +1,7 @@
 """Embedding tables whose rows live sharded and are never gathered.
 
 These are the per-layer table (2.35 B numbers in E2B, 2.82 B in E4B), and the token table of a
-pipeline's first stage (1.41 B in 31B), which elsewhere is the head too, and so needed whole. A
+pipeline's first stage without tensor parallel (1.41 B in 31B), which elsewhere is the head too, and so needed whole. A
 look-up asks the owners for the rows of its unique ids and gives their gradients back the same
 way. To optimizer, clipping and checkpoint a table is a parameter sharded by rows like any other.
 
@@ -29,7 +29,7 @@ from parallel.torch_private import global_offset
 
 
 class RowOwners(NamedTuple):
-    """Who holds which rows of a table: `rows_per_rank` consecutive ones on each rank of `shards`, `first_row` on here.
+    """Who holds which rows of a table: `rows_per_rank` consecutive ones on each rank of `shards`, here from `first_row`.
 
     `replicas` are the ranks that hold the same rows, or None if there are no others.
     """

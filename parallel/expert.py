@@ -4,6 +4,8 @@ One copy of a token goes to each rank that has any of its experts, and one row c
 weighted sum over that rank's experts. Nothing is dropped. At home a token's rows are added in
 float32 in the order of ranks, so that the sum does not depend on when they arrive.
 
+An expert is too small to be cut as well: ranks of tensor parallel bring different tokens, and `ep` may span them.
+
 Letters of this file: R ranks, C copies that a rank sends, A copies that arrived on it.
 """
 

@@ -1,10 +1,10 @@
 """float8: the products of the decoder's linear layers and experts on operands rounded to 8 bits; masters stay float32.
 
-| part                                              | product                                                   |
-|---------------------------------------------------|-----------------------------------------------------------|
-| q, k, v, o, gate, up, down, per-layer projections | torchao's: `torch._scaled_mm` on a GPU that has it        |
-| experts                                           | grouped product of operands that were rounded to float8   |
-| token table = head, router, towers                | not float8                                                |
+| part                                                              | product                                     |
+|-------------------------------------------------------------------|---------------------------------------------|
+| q, k, v, o, gate, up, down, per_layer_input_gate, per_layer_projection | torchao's: `torch._scaled_mm` where a GPU has it |
+| experts                                                           | grouped product of operands rounded to float8 |
+| token table = head, router, towers, per_layer_model_projection    | not float8                                  |
 
 Operands are e4m3; gradients are e5m2 by the tensorwise recipe and e4m3 by the rowwise one. The
 rowwise recipe and the experts scale each row along the axis that is summed over, by a power of

@@ -1,4 +1,4 @@
-"""FSDP2: parameters, gradients and optimizer state sharded over every rank that does not split them otherwise.
+"""FSDP2: parameters, gradients and optimizer state sharded over all ranks that do not split them in another way.
 
 | unit                                                   | why                                              |
 |--------------------------------------------------------|--------------------------------------------------|
@@ -118,7 +118,7 @@ def _info(mesh: DeviceMesh) -> FSDPMeshInfo:
 def require_gradient_sync(model: nn.Module, required: bool) -> None:
     """Whether the next backward reduces gradients or keeps them for the following micro-batch.
 
-    Encoders always reduce. The following micro-batch may not touch them, and FSDP2 then cannot reduce what a unit has
+    Encoders always reduce. The following micro-batch might not touch them, and FSDP2 then cannot reduce what a unit has
     kept; nor can it reduce kept gradients, which are float32, together with those of parameters that have kept none.
     """
     assert isinstance(model, FSDPModule)

@@ -21,7 +21,7 @@ class Mesh:
     | `split`   | dp_replicate, dp_shard x cp, tp   | split by tensor parallel                          |
     | `experts` | dp_replicate, what is left, ep    | experts                                           |
 
-    The first axis is left out where it is 1. All are of this rank's pipeline stage.
+    `fsdp` leaves the first axis out where it is 1. All are of this rank's pipeline stage.
     """
 
     layout: Layout

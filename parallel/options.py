@@ -57,7 +57,7 @@ class ActivationCheckpointConfig:
 @dataclass
 class Float8Config:
     recipe: str = one_of("none", "none", "tensorwise", "rowwise")
-    """none | tensorwise | rowwise: products of the decoder's dense layers and experts, by torchao"""
+    """none | tensorwise | rowwise: products of the decoder's linear layers, by torchao, and of experts"""
 
 
 @dataclass

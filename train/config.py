@@ -62,7 +62,7 @@ class SourceConfig:
     path: str = ""
     weight: float = 1.0
     format: str | None = one_of(None, *FORMATS)
-    """none is data.format."""
+    """unset: data.format"""
 
 
 @dataclass
@@ -76,12 +76,12 @@ class DataConfig:
     thinking: bool = False
     """chat: render conversations with thinking switched on."""
     tokenizer: str | None = None
-    """tokenizer.json or its folder; none takes that of model.weights, or trains one of tokenizer_vocab_size pieces."""
+    """tokenizer.json or its folder; unset takes that of model.weights, or trains one of tokenizer_vocab_size pieces."""
     tokenizer_vocab_size: int = 8192
     sequence_length: int = at_least(256, 2)
     workers: int = at_least(0, 0)
     cache: str | None = None
-    """Where prepared corpora are kept; none is ~/.cache/gemwright."""
+    """Where prepared corpora are kept; unset is ~/.cache/gemwright."""
 
 
 @dataclass
@@ -98,9 +98,9 @@ class ScheduleConfig:
     name: str = one_of("cosine", "constant", "linear", "cosine", "wsd")
     """constant | linear | cosine | wsd (warm-up, stable, linear decay)"""
     warmup_steps: int | None = at_least(None, 0)
-    """Linear warm-up; none is 5 % of the run, at most 2,000 steps."""
+    """Linear warm-up; unset is 5 % of the run, at most 2,000 steps."""
     decay_steps: int | None = at_least(None, 0)
-    """Length of wsd's decay; none is 15 % of the run."""
+    """Length of wsd's decay; unset is 15 % of the run."""
     final_lr_ratio: float = 0.1
 
 
@@ -137,7 +137,7 @@ class ExportConfig:
     """auto (each tensor as in model.weights, else bfloat16) | bfloat16 | float32"""
 
 
-# Every field of Gemma4Config as an override: none keeps the named variant's value.
+# Every field of Gemma4Config as an override: unset keeps the named variant's value.
 ModelOverrides = dataclasses.make_dataclass(
     "ModelOverrides",
     [

@@ -42,8 +42,8 @@ class Engine:
     ) -> dict[str, Tensor] | None:
         """Gradients of the summed loss over `units`, the objective's units of all ranks.
 
-        has_media: for each micro-batch whether any rank has images, and sound; by default what these
-        micro-batches have, on every rank alike. should_continue: asked between
+        has_media: for each micro-batch whether any rank has images, and sound; left out, other ranks have
+        what this one has. should_continue: asked between
         micro-batches, as a large step may take longer than the time a scheduler leaves; if no,
         the result is None. Returns this rank's part of the sums of loss and other metrics; those
         of all ranks add up.

@@ -3,7 +3,7 @@
 Counting rule: two per multiply-add of every matrix product and attention score that can reach
 the loss, forward once and backward twice. Exact for Gemma 4: windows and documents bound the
 scores, a token counts its active experts, per-layer projections and the head are in, and work
-that is skipped (unsupervised positions of KV consumers, the last layer and the head) is not.
+that is skipped (unsupervised positions, from the last layer that makes keys on) is not.
 Not counted: table look-ups, norms, rotations, softmax, recomputation.
 """
 

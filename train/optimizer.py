@@ -18,8 +18,8 @@ _TABLES = ("embed_tokens", "position_embedding_table", "pos_embedding")
 class ShardedAdamW(torch.optim.Optimizer):
     """AdamW of sharded parameters, by one fused kernel over what this rank holds of them.
 
-    The update is by element, so that no plan needs to know of it; given the sharded tensors, torch would first
-    derive, for every list of them, what one kernel over all ranks means.
+    Each element is updated by itself, so no plan needs to know of it. Given DTensors, torch would first work out,
+    at every step and for every list of them, how they are sharded.
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:

@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM, SIGUSR1 and Ctrl-C ask for a checkpoint at the next step boundary."""
+"""Being told to stop: SIGTERM, SIGUSR1 and Ctrl-C ask for a checkpoint at the next micro-batch (pipelines: step)."""
 
 from __future__ import annotations
 

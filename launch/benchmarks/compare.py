@@ -4,7 +4,7 @@ python -m launch.benchmarks.compare loss         # fused linear cross entropy ag
 python -m launch.benchmarks.compare attention    # a sliding layer: blocked kernel against SDPA with a mask
 python -m launch.benchmarks.compare supervised   # a step that skips unsupervised work against one that does not
 python -m launch.benchmarks.compare memory       # host memory of a step on one rank and on four: context, loss, table
-python -m launch.benchmarks.compare load         # host memory of two ranks that load a checkpoint of 6.3 GB
+python -m launch.benchmarks.compare load         # host memory of two ranks that load a checkpoint of 6.4 GB
 
 Several may be named. rounds=5 are counted of attention and supervised, after one that warms up.
 """

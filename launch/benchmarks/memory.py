@@ -1,7 +1,7 @@
 """Host memory of a rank, measured for `gemwright benchmark memory` and `load`.
 
 memory: what a step takes on one rank and on four: context parallel at 16,384 positions, the loss split by
-vocabulary, and the per-layer table split by rows. load: writes three layers of 26B-A4B (6.3 GB in bfloat16),
+vocabulary, and the per-layer table split by rows. load: writes three layers of 26B-A4B (6.4 GB in bfloat16),
 loads them on two ranks into float32 masters, and reports each rank's peak beyond the slices it keeps.
 """
 

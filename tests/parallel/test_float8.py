@@ -258,7 +258,7 @@ MESHES = [
     *(("26b_a4b", layout) for layout in (Layout(), Layout(dp_shard=2), Layout(dp_shard=2, ep=2), Layout(tp=2))),
     ("26b_a4b", Layout(tp=2, sequence_parallel=False)),
 ]
-"""None where each rank rounds its part of a gradient: a KV head that ranks share, or whole layers on whole streams."""
+"""No layout in which each rank rounds its part of a gradient: a KV head that ranks share, or layers on all tokens."""
 
 
 def test_a_mesh_equals_one_rank() -> None:
