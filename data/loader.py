@@ -78,7 +78,7 @@ class BatchLoader(Iterator[Batch]):
 
     @property
     def sequences_seen(self) -> int:
-        """The number of sequences of the steps whose batches were all taken from here, without what is fetched ahead."""
+        """The number of sequences of the steps whose batches were all taken from here, not those fetched ahead."""
         return _find("sequences_seen", self._loader.state_dict())
 
 

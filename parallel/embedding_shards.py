@@ -29,7 +29,7 @@ from parallel.torch_private import global_offset
 
 
 class RowOwners(NamedTuple):
-    """Who holds which rows of a table: `rows_per_rank` consecutive ones on each rank of `shards`, here from `first_row`.
+    """Who holds which rows of a table: `rows_per_rank` in a row on each rank of `shards`, here from `first_row`.
 
     `replicas` are the ranks that hold the same rows, or None if there are no others.
     """

@@ -2,7 +2,7 @@
 
 | part                                                              | product                                     |
 |-------------------------------------------------------------------|---------------------------------------------|
-| q, k, v, o, gate, up, down, per_layer_input_gate, per_layer_projection | torchao's: `torch._scaled_mm` where a GPU has it |
+| q, k, v, o, gate, up, down, per_layer_input_gate, per_layer_projection | torchao's: `torch._scaled_mm` on a GPU |
 | experts                                                           | grouped product of operands rounded to float8 |
 | token table = head, router, towers, per_layer_model_projection    | not float8                                  |
 
