@@ -23,7 +23,7 @@ import torch
 
 from model import ConfigError
 from parallel.layout import AXES, Layout, problem
-from tests.meshes import VARIANTS, Case, check, run
+from tests.harness.meshes import VARIANTS, Case, check, run
 
 
 def draw_case(seed: str, dtype: torch.dtype = torch.float64) -> Case:

@@ -13,7 +13,7 @@ from itertools import pairwise
 import pytest
 from omegaconf import OmegaConf
 
-from tests.sources import (
+from tests.harness.sources import (
     PRODUCT,
     ROOT,
     fields,

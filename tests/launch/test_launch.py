@@ -25,8 +25,8 @@ from launch.generate import Options, generate
 from launch.variants import parameters
 from model import Gemma4Config, UserError
 from model.hf.hub import load_model, load_tokenizer
-from tests.model.multimodal import save_reference, whole_reference
-from tests.runs import overrides, train_on
+from tests.harness.multimodal import save_reference, whole_reference
+from tests.harness.runs import overrides, train_on
 
 ROOT = Path(__file__).parents[2]
 VOCAB = 600

@@ -10,8 +10,8 @@ import torch
 from model import Gemma4
 from model.generate import Cache, cache_masks, generate, sample
 from model.inputs import make_inputs
-from tests.model.multimodal import make_example, random_whole_config, whole_ours, whole_reference
-from tests.model.reference import (
+from tests.harness.multimodal import make_example, random_whole_config, whole_ours, whole_reference
+from tests.harness.reference import (
     FAMILIES,
     ours_from,
     perturbed_reference,

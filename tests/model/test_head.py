@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from launch.benchmarks.compare import in_a_process
 from model.head import Head, linear_cross_entropy, softcapped_logits
-from tests.report import report
+from tests.harness.report import report
 
 T, V, D, CAP = 37, 301, 16, 30.0
 

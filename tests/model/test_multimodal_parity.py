@@ -14,8 +14,8 @@ from model import Gemma4
 from model.head import linear_cross_entropy
 from model.hf.hub import load_model
 from model.media import Media
-from tests.compare import hold, in_double, largest, relative_error
-from tests.model.multimodal import (
+from tests.harness.compare import hold, in_double, largest, relative_error
+from tests.harness.multimodal import (
     Example,
     disk_names,
     make_example,
@@ -23,12 +23,12 @@ from tests.model.multimodal import (
     save_reference,
     whole_reference,
 )
-from tests.model.reference import (
+from tests.harness.reference import (
     EXACT,
     FAMILIES,
     reference_in_double,
 )
-from tests.report import report
+from tests.harness.report import report
 
 BOUND = 1e-4
 CASES: dict[str, list[list[Any]]] = {

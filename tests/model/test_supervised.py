@@ -7,8 +7,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from model.masks import attention_mask
-from tests.compare import hold, relative_error
-from tests.model.reference import (
+from tests.harness.compare import hold, relative_error
+from tests.harness.reference import (
     EXACT,
     FAMILIES,
     ours_from,

@@ -9,7 +9,7 @@ import pytest
 
 from parallel.agree import RankError, from_all, on_rank_0, summed_counts, together
 from parallel.world import World
-from tests.distributed import run_ranks
+from tests.harness.distributed import run_ranks
 
 
 def fails(message: str) -> Any:

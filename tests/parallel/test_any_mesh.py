@@ -13,10 +13,10 @@ from parallel.apply import build_parallel_model
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.world import World
-from tests.compare import hold
-from tests.distributed import run_ranks
-from tests.meshes import CPU, LEARNING_RATES, Case, initial_values, share_of, whole_batch
-from tests.report import report
+from tests.harness.compare import hold
+from tests.harness.distributed import run_ranks
+from tests.harness.meshes import CPU, LEARNING_RATES, Case, initial_values, share_of, whole_batch
+from tests.harness.report import report
 from train.checkpoint import Checkpointer
 from train.config import OptimizerConfig
 from train.engine import Engine

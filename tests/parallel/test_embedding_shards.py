@@ -12,8 +12,8 @@ from parallel.embedding_shards import ShardedRows
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.world import World
-from tests.distributed import run_ranks
-from tests.report import report
+from tests.harness.distributed import run_ranks
+from tests.harness.report import report
 
 CPU = torch.device("cpu")
 WIDTH = 6

@@ -17,9 +17,9 @@ from parallel.options import MoEConfig
 from parallel.router_losses import RouterBalance, read_balance
 from parallel.tensor.tokens import TensorParallel
 from parallel.world import World
-from tests.compare import relative_error
-from tests.distributed import run_ranks
-from tests.meshes import CPU, SMALL
+from tests.harness.compare import relative_error
+from tests.harness.distributed import run_ranks
+from tests.harness.meshes import CPU, SMALL
 
 EXPERTS, TOP_K, WIDTH = 8, 3, 32
 CONFIG = Gemma4Config.from_name(

@@ -15,8 +15,8 @@ from model import Gemma4Config
 from parallel.apply import build_parallel_model
 from parallel.layout import Layout, resolve_layout
 from parallel.mesh import build_mesh
-from tests.meshes import plans
-from tests.report import report
+from tests.harness.meshes import plans
+from tests.harness.report import report
 
 LENGTH = 8192
 CASES = [

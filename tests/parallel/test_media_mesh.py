@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch
-from model import Gemma4, Gemma4Config
+from model import Gemma4
 from model.init import random_fill, whole_slices
 from model.media import Media
 from parallel.apply import build_parallel_model
@@ -18,11 +18,11 @@ from parallel.fsdp import require_gradient_sync
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.world import World
-from tests.compare import hold, relative_error
-from tests.distributed import run_ranks
-from tests.meshes import Case, gradient_errors, plans, share_of, whole_gradients
-from tests.model.multimodal import make_example
-from tests.report import report
+from tests.harness.compare import hold, relative_error
+from tests.harness.distributed import run_ranks
+from tests.harness.media_batches import ROWS, batches, config_of
+from tests.harness.meshes import Case, gradient_errors, plans, share_of, whole_gradients
+from tests.harness.report import report
 from train.engine import Engine, media_of_all_ranks
 from train.objective import CrossEntropy, cross_entropy
 
@@ -35,27 +35,6 @@ MEDIA = (
     "vocab_size",
     "vocab_size_per_layer_input",
 )
-ROWS: list[list[Any]] = [[6, ("image", 2, 2), 9], [30], [5, ("audio", 30), 4], [28], [3, ("video", [(2, 1)] * 2)], [25]]
-
-
-def config_of(name: str) -> Gemma4Config:
-    return Gemma4Config.from_name(name)
-
-
-def batches(config: Gemma4Config, rows: list[list[Any]]) -> list[Batch]:
-    """One batch for each row, all of one length; a variant without audio gets text for it."""
-    found = []
-    for index, row in enumerate(rows):
-        pieces = [p if isinstance(p, int) or config.audio or p[0] != "audio" else 8 for p in row]
-        example = make_example(config, [pieces], seed=index)
-        tokens, labels = example.tokens_BS[:, :48], example.labels_BS[:, :48]
-        pad = 48 - tokens.shape[1]
-        tokens = torch.nn.functional.pad(tokens, (0, pad), value=5)
-        labels = torch.nn.functional.pad(labels, (0, pad), value=-100)
-        found.append(
-            Batch.make(config, tokens, labels, torch.arange(48)[None], torch.zeros_like(tokens), example.media)
-        )
-    return found
 
 
 def present(batch: Batch) -> tuple[bool, bool]:

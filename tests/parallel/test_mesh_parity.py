@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from parallel.layout import Layout
+from tests.harness.meshes import VARIANTS, Case, Errors, run_all
+from tests.harness.report import report
 from tests.matrix import MESHES, on_mesh, written
-from tests.meshes import VARIANTS, Case, Errors, run_all
-from tests.report import report
 
 
 def hold(title: str, mesh: str, variant: str, dtype: torch.dtype, found: Errors) -> None:

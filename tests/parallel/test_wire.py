@@ -15,10 +15,10 @@ from parallel.expert import ParallelExperts
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.world import World
-from tests.distributed import run_ranks
-from tests.meshes import CPU, Case, initial_values, sequences, share_of, whole_batch
-from tests.report import report
-from tests.wire import WireCounter
+from tests.harness.distributed import run_ranks
+from tests.harness.meshes import CPU, Case, initial_values, sequences, share_of, whole_batch
+from tests.harness.report import report
+from tests.harness.wire import WireCounter
 from train.engine import Engine
 from train.objective import CrossEntropy
 

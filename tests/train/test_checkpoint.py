@@ -18,8 +18,8 @@ import torch
 import train.checkpoint
 from model import UserError
 from parallel.world import World, is_lost_rank
-from tests.distributed import run_ranks
-from tests.runs import losses, overrides, records, train_on, train_once
+from tests.harness.distributed import run_ranks
+from tests.harness.runs import losses, overrides, records, train_on, train_once
 from train.load_config import load_config
 from train.resolve import resolve
 from train.trainer import Trainer

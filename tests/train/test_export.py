@@ -20,9 +20,9 @@ from parallel.apply import build_parallel_model
 from parallel.layout import Layout, nearest_layout
 from parallel.mesh import build_mesh
 from parallel.world import World
-from tests.distributed import run_ranks
-from tests.model.multimodal import make_example, random_whole_config, save_reference, whole_reference
-from tests.model.reference import (
+from tests.harness.distributed import run_ranks
+from tests.harness.multimodal import make_example, random_whole_config, save_reference, whole_reference
+from tests.harness.reference import (
     FAMILIES,
     perturbed_reference,
     random_config,

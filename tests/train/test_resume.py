@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from parallel.world import World
-from tests.compare import hold
-from tests.distributed import run_ranks
-from tests.report import report
-from tests.runs import losses, overrides, records, train_on
+from tests.harness.compare import hold
+from tests.harness.distributed import run_ranks
+from tests.harness.report import report
+from tests.harness.runs import losses, overrides, records, train_on
 from train.load_config import load_config
 from train.resolve import resolve
 from train.trainer import Trainer

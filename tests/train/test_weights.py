@@ -13,10 +13,10 @@ from transformers import Gemma4ForConditionalGeneration
 from data.tokenizer import train_tokenizer
 from model import ConfigError, Gemma4Config, UserError
 from model.hf.hub import load_model
-from tests.compare import hold
-from tests.distributed import run_ranks
-from tests.model.multimodal import save_reference, whole_reference
-from tests.runs import losses, make_corpus, overrides, records, train_on, train_once
+from tests.harness.compare import hold
+from tests.harness.distributed import run_ranks
+from tests.harness.multimodal import save_reference, whole_reference
+from tests.harness.runs import losses, make_corpus, overrides, records, train_on, train_once
 from train.export import MANIFEST
 from train.load_config import load_config
 from train.resolve import resolve

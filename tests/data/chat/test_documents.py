@@ -18,7 +18,7 @@ from data.corpus.shards import Counts
 from data.media.files import MediaFile, media_processor
 from data.tokenizer import train_tokenizer
 from model import UserError
-from tests.data.chat.files import (
+from tests.harness.chat_files import (
     E4B,
     LENGTH,
     TEXT_ONLY,

@@ -13,7 +13,7 @@ from data.batch import IGNORE, collate
 from data.corpus.dataset import PackedDataset
 from data.media.files import media_processor
 from model import Gemma4, Gemma4Config, UserError
-from tests.data.chat.files import (
+from tests.harness.chat_files import (
     CONFIGS,
     E4B,
     LENGTH,

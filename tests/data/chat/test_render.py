@@ -17,7 +17,7 @@ from data.chat.encode import encode
 from data.chat.render import ChatError, render
 from data.chat.template import chat_template
 from data.tokenizer import train_tokenizer
-from tests.data.chat.random_conversation import RandomConversation
+from tests.harness.random_conversation import RandomConversation
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
 JULY = [case for case in GOLDEN if case["revision"] == "2026-07-09"]

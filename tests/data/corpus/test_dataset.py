@@ -17,9 +17,9 @@ from data.corpus.prepare import Corpus
 from data.corpus.shards import Counts, Document, Shard, ShardError, write_shard
 from data.tokenizer import BOS, EOS
 from model import Gemma4Config
-from tests.data.chat.files import LENGTH as CHAT_LENGTH
-from tests.data.chat.files import TEXT_ONLY, TOKENIZER
-from tests.data.corpus.files import texts
+from tests.harness.chat_files import LENGTH as CHAT_LENGTH
+from tests.harness.chat_files import TEXT_ONLY, TOKENIZER
+from tests.harness.corpus_files import texts
 
 LENGTH = 48
 TINY = Gemma4Config.from_name("gemma4_tiny_e4b")

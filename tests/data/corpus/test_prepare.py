@@ -9,7 +9,7 @@ import pytest
 from data.corpus.prepare import made_once
 from data.corpus.shards import Shard, ShardError
 from data.corpus.sources import SourceError
-from tests.data.corpus.files import texts
+from tests.harness.corpus_files import texts
 
 
 def test_a_corpus_is_prepared_once_and_damage_is_found(tmp_path: Path) -> None:

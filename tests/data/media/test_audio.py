@@ -15,8 +15,8 @@ import torch
 from data.media.process import MediaProcessor
 from data.media.read import read_audio, resample
 from model.media import MediaError
-from tests.data.media.reference import mel_reference, waveform_reference
-from tests.report import report
+from tests.harness.media_reference import mel_reference, waveform_reference
+from tests.harness.report import report
 
 RATE = 16_000
 BOUND = 1e-5

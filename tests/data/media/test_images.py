@@ -15,8 +15,8 @@ from data.media.images import BUDGETS, fit
 from data.media.process import MediaProcessor
 from data.media.read import read_image
 from model.media import MediaError
-from tests.data.media.reference import image_reference, merged_reference
-from tests.report import report
+from tests.harness.media_reference import image_reference, merged_reference
+from tests.harness.report import report
 
 SIZES = (
     (640, 480),

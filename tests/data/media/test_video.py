@@ -15,8 +15,8 @@ from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 from data.media.process import MediaProcessor, timestamp
 from data.media.read import read_video, sample_indices
 from model.media import MediaError
-from tests.data.media.reference import TOKENS, frames_reference, merged_reference
-from tests.report import report
+from tests.harness.media_reference import TOKENS, frames_reference, merged_reference
+from tests.harness.report import report
 
 PROCESSOR = MediaProcessor()
 

@@ -24,9 +24,9 @@ from model.masks import AttentionMask
 from parallel.collectives import gather_tokens
 from parallel.context.plan import ContextParallel, RingMask, WindowMask
 from parallel.world import World
-from tests.compare import hold, relative_error
-from tests.distributed import run_ranks
-from tests.report import report
+from tests.harness.compare import hold, relative_error
+from tests.harness.distributed import run_ranks
+from tests.harness.report import report
 
 B, S, IMAGE = 2, 48, 250
 VARIANTS = ("e2b", "e4b", "12b", "26b_a4b", "31b", "31b with images", "31b with K not V")

@@ -21,9 +21,10 @@ from parallel.mesh import build_mesh
 from parallel.pipeline.layout import SCHEDULES
 from parallel.pipeline.stage import Gemma4Stage, carried_types, shapes_at
 from parallel.world import World
-from tests.compare import hold, relative_error
-from tests.distributed import run_ranks
-from tests.meshes import (
+from tests.harness.compare import hold, relative_error
+from tests.harness.distributed import run_ranks
+from tests.harness.media_batches import ROWS, batches, config_of
+from tests.harness.meshes import (
     CPU,
     GRADIENTS_WITHIN,
     VARIANTS,
@@ -39,8 +40,7 @@ from tests.meshes import (
     whole_batch,
     worst_of,
 )
-from tests.parallel.test_media_mesh import ROWS, batches, config_of
-from tests.report import report
+from tests.harness.report import report
 from train.config import OptimizerConfig
 from train.engine import Engine
 from train.objective import CrossEntropy, cross_entropy

@@ -21,9 +21,9 @@ from model.head import Head, linear_cross_entropy, softcapped_logits
 from parallel.tensor.tokens import TensorParallel, tokens_on_every_rank
 from parallel.tensor.vocabulary import VocabParallelEmbedding, VocabParallelHead
 from parallel.world import World
-from tests.compare import hold, relative_error
-from tests.distributed import run_ranks
-from tests.report import report
+from tests.harness.compare import hold, relative_error
+from tests.harness.distributed import run_ranks
+from tests.harness.report import report
 
 CAP = 10.0
 SIZES = [(2, 24), (4, 37), (8, 9)]  # even; the last rank fewer; ranks with one row and with none

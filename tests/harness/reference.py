@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from model import Gemma4, Gemma4Config
-from tests.compare import in_double
+from tests.harness.compare import in_double
 
 FAMILIES = ("e2b", "e4b", "12b", "26b_a4b", "31b")
 

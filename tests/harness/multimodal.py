@@ -17,7 +17,7 @@ from model import Gemma4, Gemma4Config
 from model.encoders.config import AudioConfig, AudioEmbedderConfig, VisionConfig, VisionEmbedderConfig
 from model.hf.weights import our_name
 from model.media import Media
-from tests.model.reference import (
+from tests.harness.reference import (
     random_config,
     vector_scale,
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data.corpus.prepare import Corpus, prepare
 from data.corpus.text import TextFormat
-from tests.runs import make_corpus
+from tests.harness.runs import make_corpus
 
 
 def texts(folder: Path, source: Path | None = None, vocab_size: int = 400) -> Corpus:
