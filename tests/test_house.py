@@ -163,6 +163,17 @@ def test_links_lead_to_files_and_headings() -> None:
     none_of(problems)
 
 
+def test_named_tests_exist() -> None:
+    """A test that is named in a document or in a list of what is run is where its name says."""
+    problems = []
+    for name in files():
+        for number, line in enumerate(text_of(name).splitlines(), 1):
+            for path, test in re.findall(r"(?<![\w./])(tests/[\w/]+\.py)(?:::(\w+))?", line):
+                if path not in files() or (test and f"def {test}(" not in text_of(path)):
+                    problems.append(f"{name}:{number}: no {test or 'tests'} in {path}")
+    none_of(problems)
+
+
 def test_sentences_are_whole() -> None:
     none_of(
         [
