@@ -64,6 +64,7 @@ class Running:
         return float(total) / supervised
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("variant", MESHES)
 def test_any_mesh_loads_what_any_mesh_saved(variant: str, tmp_path: Path) -> None:
     """Two steps, save, two more, of which the second needs the optimizer's state too."""
