@@ -151,7 +151,7 @@ def test_logits_and_gradients_equal_the_reference(pair: tuple[str, Gemma4, Any],
 def test_packed_documents_with_images_equal_the_reference_one_by_one(pair: tuple[str, Gemma4, Any]) -> None:
     """Three documents in one row, an image at the very start of one and the very end of another."""
     family, ours, reference = pair
-    pieces = ([4, ("image", 2, 3)], [("image", 1, 2), 7, ("image", 2, 1), 3], [11])
+    pieces: tuple[list[Any], ...] = ([4, ("image", 2, 3)], [("image", 1, 2), 7, ("image", 2, 1), 3], [11])
     documents = [make_example(ours.config, [p], seed=i) for i, p in enumerate(pieces)]
     names = disk_names(reference)
 

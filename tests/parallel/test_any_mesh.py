@@ -47,7 +47,7 @@ class Running:
     def __init__(self, variant: str, layout: Layout, world: World, seed: int) -> None:
         self.case, self.rank = Case(variant, layout, seed=seed), world.rank
         mesh = build_mesh(CPU, layout)
-        about = {"sequence_length": self.case.length, "compute_dtype": self.case.dtype}
+        about: dict[str, Any] = {"sequence_length": self.case.length, "compute_dtype": self.case.dtype}
         self.parallel = build_parallel_model(self.case.config, mesh, CPU, initial_values(seed), **about)
         self.optimizer = build_optimizer(self.parallel.model, OptimizerConfig(lr=LEARNING_RATES[self.case.dtype]))
         self.engine = Engine(self.parallel, CrossEntropy(), CPU)

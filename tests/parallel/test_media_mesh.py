@@ -42,9 +42,15 @@ def present(batch: Batch) -> tuple[bool, bool]:
     return media.vision is not None, media.audio is not None
 
 
+def needed(batches: list[Batch]) -> tuple[bool, bool]:
+    """Whether any of them has images, and whether any has sound."""
+    vision, audio = zip(*map(present, batches), strict=True)
+    return any(vision), any(audio)
+
+
 def backward(model: Gemma4, batch: Batch, others: list[Batch]) -> Tensor:
     """As the trainer does it: every rank runs the encoders that any rank needs in this micro-batch."""
-    vision, audio = (any(flags) for flags in zip(*map(present, [batch, *others]), strict=True))
+    vision, audio = needed([batch, *others])
     media = media_of_all_ranks(batch.inputs.media, model.config, vision=vision, audio=audio)
     loss = cross_entropy(model, replace(batch, inputs=replace(batch.inputs, media=media)))
     loss.total.backward()
@@ -79,6 +85,7 @@ def test_media_on_some_ranks_give_the_gradients_of_one_process(
         wanted = plans({key: value for key, value in options.items() if key != "compute_dtype"})
         dtype = options.get("compute_dtype", torch.float64)
         model = build_parallel_model(config, mesh, CPU, fill, wanted, frozen=frozen, compute_dtype=dtype).model
+        assert isinstance(model, Gemma4)
         total = torch.zeros((), dtype=torch.float64)
         accumulation = len(data) // world.size
         for step in range(accumulation):
@@ -120,6 +127,7 @@ def test_a_batch_of_text_touches_no_encoder() -> None:
     def run(world: World) -> set[str]:
         mesh = build_mesh(CPU, Layout(dp_shard=world.size))
         model = build_parallel_model(config, mesh, CPU, random_fill(3, 0.2, 0)).model
+        assert isinstance(model, Gemma4)
         backward(model, data[world.rank], data)
         return {name.partition(".")[0] for name in whole_gradients(model)}
 
@@ -146,14 +154,11 @@ def test_media_on_any_mesh_give_the_gradients_of_one_process(
 
     def run(world: World, layout: Layout) -> dict[str, float]:
         mesh, fill = build_mesh(CPU, layout), random_fill(3, 0.1, 0)
-        about = {"sequence_length": 48, "compute_dtype": torch.float64}
+        about: dict[str, Any] = {"sequence_length": 48, "compute_dtype": torch.float64}
         parallel = build_parallel_model(config, mesh, CPU, fill, plans(options), **about)
         mine = data[layout.data_rank(world.rank) :: layout.dp]
-        flags = [
-            tuple(any(found) for found in zip(*map(present, data[step : step + layout.dp]), strict=True))
-            for step in range(0, len(data), layout.dp)
-        ]
-        Engine(parallel, CrossEntropy(), CPU).forward_backward(mine, supervised, flags)  # type: ignore[arg-type]
+        flags = [needed(data[step : step + layout.dp]) for step in range(0, len(data), layout.dp)]
+        Engine(parallel, CrossEntropy(), CPU).forward_backward(mine, supervised, flags)
         return gradient_errors(parallel.model, expected)
 
     plain = Gemma4(config).double()

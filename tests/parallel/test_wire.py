@@ -11,6 +11,7 @@ from torch import Tensor
 from data.batch import Batch, collate
 from model.moe import Experts, Router
 from parallel.apply import ParallelModel, build_parallel_model
+from parallel.dtensors import local_part
 from parallel.expert import ParallelExperts
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
@@ -140,7 +141,7 @@ def test_a_token_goes_to_a_rank_once() -> None:
         experts = ParallelExperts(whole, mesh.ep)
         experts.to_empty(device="cpu")
         for parameter in experts.parameters():
-            torch.nn.init.normal_(parameter.to_local(), std=0.1)  # type: ignore[attr-defined]
+            torch.nn.init.normal_(local_part(parameter), std=0.1)
 
         def sent(x: Tensor, w: Tensor, i: Tensor) -> Any:
             with WireCounter() as counter:

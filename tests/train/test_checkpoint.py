@@ -270,7 +270,7 @@ def test_a_kill_at_any_point_of_a_save_loses_nothing(tmp_path: Path, call: str, 
                 setattr(owner, name, deadly)
             save(step, *rest)
 
-        trainer.checkpointer.save = deadly_save  # type: ignore[method-assign]
+        trainer.checkpointer.save = deadly_save  # type: ignore[assignment, method-assign]
         trainer.train()
 
     with pytest.raises(AssertionError, match="died without a result"):

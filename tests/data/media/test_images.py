@@ -141,7 +141,7 @@ def test_photos_are_turned_upright(tmp_path: Path, orientation: int, turns: Imag
     _picture(300, 200).save(tmp_path / "a.png", exif=exif)
     upright = _picture(300, 200) if turns is None else _picture(300, 200).transpose(turns)
     for source in (tmp_path / "a.png", Image.open(tmp_path / "a.png")):
-        assert np.array_equal(read_image(source), upright)
+        assert np.array_equal(np.asarray(read_image(source)), np.asarray(upright))
 
 
 def test_images_that_cannot_be_used_say_so(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def _frames(count: int, height: int = 120, width: int = 160) -> np.ndarray:
 def _write(path: Path, frames: np.ndarray, codec: str, fps: int, options: dict[str, str] | None = None) -> None:
     with av.open(str(path), "w") as out:
         stream = out.add_stream(codec, rate=fps, options=options or {})
+        assert isinstance(stream, av.VideoStream)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv420p"
         for picture in frames:
