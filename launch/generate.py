@@ -36,6 +36,8 @@ from parallel.world import DEVICES, DTYPES, World, compute_dtype, select_device
 
 @dataclass
 class Options:
+    """Arguments of `gemwright generate`."""
+
     weights: str
     prompt: str
     image: list[str] = field(default_factory=list)
@@ -139,12 +141,14 @@ def _stops(folder: Path) -> list[int]:
 
 
 def print_generated(options: Options) -> None:
+    """Print a continuation while it is made."""
     for piece in generate(options):
         print(piece, end="", flush=True)
     print()
 
 
 def main() -> None:
+    """Generate from the command line's prompt."""
     run(Options, print_generated, __doc__)
 
 

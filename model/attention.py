@@ -36,7 +36,9 @@ class AttentionPlan(Protocol):
         """What `attend` and other layers get, of the raw products of `k_proj` and `v_proj` over the tokens here."""
         ...
 
-    def attend(self, layer: Attention, q_TNH: Tensor, key_value: KeyValue, mask: AttentionMask) -> Tensor: ...
+    def attend(self, layer: Attention, q_TNH: Tensor, key_value: KeyValue, mask: AttentionMask) -> Tensor:
+        """Outputs [T_queries, N, H] of the queries here over all keys they see, wherever those are."""
+        ...
 
 
 class Attention(nn.Module):

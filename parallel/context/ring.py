@@ -27,6 +27,7 @@ Make = Callable[[int, Sequence[Tensor], Tensor | None], KeyValue]
 
 
 def as_they_are(step: int, block: Sequence[Tensor], weight: Tensor | None) -> KeyValue:
+    """Keys and values of a block that travels finished, normed and rotated by its owner."""
     return KeyValue(*block)
 
 

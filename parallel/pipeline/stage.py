@@ -130,9 +130,11 @@ class Stages(nn.Module):
         self.stages = nn.ModuleList(stages)
 
     def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
+        """Parameters of all stages, without the number of their stage in the name."""
         for stage in self.stages:
             yield from stage.named_parameters(prefix, recurse, remove_duplicate)
 
     def named_modules(self, memo=None, prefix: str = "", remove_duplicate: bool = True):
+        """Modules of all stages, without the number of their stage in the name."""
         for stage in self.stages:
             yield from stage.named_modules(memo, prefix, remove_duplicate)
