@@ -28,7 +28,7 @@ from data.media.process import MediaItem
 from data.tokenizer import BOS, STOPS
 from launch.arguments import run
 from model import Gemma4, UserError
-from model.generate import generate_tokens
+from model.generate import Sampling, generate_tokens
 from model.hf.config import read_json
 from model.hf.hub import load_model, load_tokenizer, resolve
 from parallel.world import DEVICES, DTYPES, World, compute_dtype, select_device
@@ -85,6 +85,8 @@ def generate(options: Options) -> Iterator[str]:
             f"{model.config.max_position_embeddings} positions; lower max_new_tokens or shorten the prompt."
         )
     stops = _stops(folder)
+    generator = torch.Generator().manual_seed(options.seed)
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, generator)
     text = DecodeStream(skip_special_tokens=not options.special)
     for (token,) in generate_tokens(
         model,
@@ -92,11 +94,8 @@ def generate(options: Options) -> Iterator[str]:
         options.max_new_tokens,
         images=[image for item in media for image in item.images],
         clips=[clip for item in media for clip in item.clips],
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
+        sampling=sampling,
         stop=stops,
-        generator=torch.Generator().manual_seed(options.seed),
         device=device,
     ):
         if token in stops and not options.special:
