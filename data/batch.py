@@ -64,6 +64,7 @@ class Batch:
         return self.labels_BS.flatten()[self.kept.index[: self.kept.count]]
 
     def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on a device, copied without waiting from pinned memory."""
         return Batch(self.inputs.to(device), self.labels_BS.to(device, non_blocking=True))
 
 

@@ -34,6 +34,7 @@ class StepSampler(Sampler[list[int]], Stateful):
 
     @property
     def accumulation(self) -> int:
+        """Micro-batches that each rank runs before an optimizer step."""
         return self.global_batch_size // (self.micro_batch_size * self.num_ranks)
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -45,9 +46,11 @@ class StepSampler(Sampler[list[int]], Stateful):
                 yield list(range(start, start + self.micro_batch_size))
 
     def state_dict(self) -> dict[str, Any]:
+        """The position in the data, for a checkpoint."""
         return {"sequences_seen": self.sequences_seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the position that a checkpoint saved."""
         self.sequences_seen = state_dict["sequences_seen"]
 
 

@@ -9,6 +9,8 @@ from typing import NamedTuple, NoReturn
 
 
 class Command(NamedTuple):
+    """A sub-command: its module, and what the overview says of it."""
+
     module: str
     help: str
     example: str

@@ -31,6 +31,8 @@ from train.export import export
 
 @dataclass
 class Options:
+    """Arguments of `gemwright export`."""
+
     run: str
     out: str
     checkpoint: str | None = None
@@ -38,6 +40,7 @@ class Options:
 
 
 def export_run(options: Options) -> None:
+    """Write a run's checkpoint as a folder that transformers opens. Raises `UserError`."""
     folder = Path(options.run)
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"run={folder} holds no checkpoints; give the run.dir of a training run.")
@@ -65,6 +68,7 @@ def export_run(options: Options) -> None:
 
 
 def main() -> None:
+    """Export what the command line names, with two threads a process unless the environment says otherwise."""
     os.environ.setdefault("OMP_NUM_THREADS", "2")
     run(Options, export_run, __doc__)
 

@@ -28,7 +28,7 @@ from data.media.process import MediaItem
 from data.tokenizer import BOS, STOPS
 from launch.arguments import run
 from model import Gemma4, UserError
-from model.generate import generate_tokens
+from model.generate import Sampling, generate_tokens
 from model.hf.config import read_json
 from model.hf.hub import load_model, load_tokenizer, resolve
 from parallel.world import DEVICES, DTYPES, World, compute_dtype, select_device
@@ -36,6 +36,8 @@ from parallel.world import DEVICES, DTYPES, World, compute_dtype, select_device
 
 @dataclass
 class Options:
+    """Arguments of `gemwright generate`."""
+
     weights: str
     prompt: str
     image: list[str] = field(default_factory=list)
@@ -83,6 +85,8 @@ def generate(options: Options) -> Iterator[str]:
             f"{model.config.max_position_embeddings} positions; lower max_new_tokens or shorten the prompt."
         )
     stops = _stops(folder)
+    generator = torch.Generator().manual_seed(options.seed)
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, generator)
     text = DecodeStream(skip_special_tokens=not options.special)
     for (token,) in generate_tokens(
         model,
@@ -90,11 +94,8 @@ def generate(options: Options) -> Iterator[str]:
         options.max_new_tokens,
         images=[image for item in media for image in item.images],
         clips=[clip for item in media for clip in item.clips],
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
+        sampling=sampling,
         stop=stops,
-        generator=torch.Generator().manual_seed(options.seed),
         device=device,
     ):
         if token in stops and not options.special:
@@ -139,12 +140,14 @@ def _stops(folder: Path) -> list[int]:
 
 
 def print_generated(options: Options) -> None:
+    """Print a continuation while it is made."""
     for piece in generate(options):
         print(piece, end="", flush=True)
     print()
 
 
 def main() -> None:
+    """Generate from the command line's prompt."""
     run(Options, print_generated, __doc__)
 
 

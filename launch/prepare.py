@@ -20,6 +20,8 @@ from launch.arguments import run
 
 @dataclass
 class Options:
+    """Arguments of `gemwright prepare`."""
+
     source: str = PYTHON_STDLIB
     tokenizer: str | None = None
     vocab_size: int = 8192
@@ -27,6 +29,7 @@ class Options:
 
 
 def prepare_texts(options: Options) -> None:
+    """Tokenise texts into the cache, unless they are there, and print the folder and its size."""
     tokenizer = Path(options.tokenizer) if options.tokenizer else None
     cache = Path(options.cache) if options.cache else None
     corpus = prepare(options.source, TextFormat(tokenizer, options.vocab_size), cache)
@@ -34,6 +37,7 @@ def prepare_texts(options: Options) -> None:
 
 
 def main() -> None:
+    """Prepare the texts that the command line names."""
     run(Options, prepare_texts, __doc__)
 
 

@@ -23,6 +23,8 @@ from launch.arguments import run
 
 @dataclass
 class Options:
+    """Arguments of `gemwright show`."""
+
     file: list[str] = field(default_factory=list)
     tokenizer: str | None = None
     size: str = "small"
@@ -32,6 +34,7 @@ class Options:
 
 
 def show(options: Options) -> None:
+    """Print conversations as the model sees them, supervised tokens in green or between brackets."""
     color = options.color and not os.environ.get("NO_COLOR")
     flags = {"enable_thinking": True} if options.thinking else {}
     tokenizer = load_tokenizer(Path(options.tokenizer)) if options.tokenizer else None
@@ -43,6 +46,7 @@ def show(options: Options) -> None:
 
 
 def main() -> None:
+    """Show the files that the command line names, or a built-in conversation."""
     run(Options, show, __doc__)
 
 

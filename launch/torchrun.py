@@ -22,6 +22,7 @@ _SHUTDOWN_SECONDS = 90  # what workers get, told to stop, to write a checkpoint;
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """Options of torch's launcher, with `--nproc` too, and time for a last checkpoint when stopped."""
     parser = get_args_parser()
     parser.set_defaults(shutdown_timeout=_SHUTDOWN_SECONDS)
     parser.add_argument("--nproc", dest="nproc_per_node", type=str, default=argparse.SUPPRESS)
@@ -36,6 +37,7 @@ def with_script(arguments: list[str], script: str) -> list[str]:
 
 
 def main() -> None:
+    """Start the processes of the command line, with the CPU's threads shared out among them."""
     # The agent logs each dead worker as an error of its own; the workers' words and ours suffice.
     for name in ("agent.server.api", "multiprocessing.api", "multiprocessing.errors.error_handler"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)

@@ -19,6 +19,8 @@ from model.variants import HUB_IDS, VARIANT_NAMES
 
 @dataclass
 class Options:
+    """Arguments of `gemwright variants`."""
+
     names: list[str] = field(default_factory=list)
 
 
@@ -44,6 +46,7 @@ def parameters(config: Gemma4Config) -> dict[str, int]:
 
 
 def features(config: Gemma4Config) -> str:
+    """What sets a variant apart from a plain transformer, in words."""
     found = [
         f"KV shared by {config.num_kv_shared_layers} layers" if config.num_kv_shared_layers else "",
         "per-layer embeddings" if config.hidden_size_per_layer_input else "",
@@ -58,6 +61,7 @@ def features(config: Gemma4Config) -> str:
 
 
 def row(name: str) -> dict[str, Any]:
+    """Cells of a variant's line in the table, by column."""
     config = Gemma4Config.from_name(name)
     full = sum(layer_type == "full_attention" for layer_type in config.layer_types)
     shape = f"{config.num_hidden_layers} ({full} full) x {config.hidden_size}"
@@ -79,11 +83,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def list_variants(options: Options) -> None:
+    """Print a table of the named variants, or of all."""
     print(table([row(f"gemma4_{name.removeprefix('gemma4_')}") for name in options.names or VARIANT_NAMES]))
     print("\nWhat has been verified of each, and what nobody has run yet: README.md, 'What is tested'.")
 
 
 def main() -> None:
+    """List the variants that the command line names."""
     run(Options, list_variants, __doc__, "names")
 
 

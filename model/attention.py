@@ -36,7 +36,9 @@ class AttentionPlan(Protocol):
         """Keys and values as `attend` and later layers take them; raw are the outputs of `k_proj` and `v_proj`."""
         ...
 
-    def attend(self, layer: Attention, q_TNH: Tensor, key_value: KeyValue, mask: AttentionMask) -> Tensor: ...
+    def attend(self, layer: Attention, q_TNH: Tensor, key_value: KeyValue, mask: AttentionMask) -> Tensor:
+        """Outputs [T_queries, N, H] of the queries here over all keys they see, wherever those are."""
+        ...
 
 
 class Attention(nn.Module):

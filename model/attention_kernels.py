@@ -43,10 +43,12 @@ def partial_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: Attenti
 
 
 def kernel_for(device_type: str) -> AttentionKernel:
+    """Flex attention on a GPU, the blocked kernel elsewhere."""
     return flex if device_type == "cuda" else blocked
 
 
 def blocked(q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> Tensor:
+    """Attention on a CPU, in blocks of queries over the keys that each block can see."""
     return _Blocked.apply(q_TNH, k_BSKH, v_BSKH, mask)
 
 
@@ -77,6 +79,7 @@ class _Blocked(torch.autograd.Function):
 
 
 def blocked_partial(q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor]:
+    """The blocked kernel over some of the keys, with the log-sum-exp [T, N] by which parts are merged."""
     return _BlockedPartial.apply(q_TNH, k_BSKH, v_BSKH, mask)
 
 
@@ -184,11 +187,13 @@ def _compiled_flex() -> Callable[..., Any]:
 
 
 def flex(q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> Tensor:
+    """Attention on a GPU, by compiled flex attention."""
     with torch.compiler.config.patch(recompile_limit=_FLEX_GRAPHS):  # type: ignore[attr-defined]
         return flex_over(_compiled_flex(), q_TNH, k_BSKH, v_BSKH, mask)
 
 
 def flex_partial(q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor]:
+    """Flex attention over some of the keys, with the log-sum-exp [T, N] by which parts are merged."""
     with torch.compiler.config.patch(recompile_limit=_FLEX_GRAPHS):  # type: ignore[attr-defined]
         return flex_partial_over(_compiled_flex(), q_TNH, k_BSKH, v_BSKH, mask)
 

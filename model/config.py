@@ -52,6 +52,7 @@ class LayerConfig:
 
     @property
     def is_kv_consumer(self) -> bool:
+        """Whether an earlier layer makes the keys and values that this one reads."""
         return self.kv_source != self.index
 
 
@@ -164,6 +165,7 @@ class Gemma4Config:
 
     @property
     def layer_types(self) -> tuple[LayerType, ...]:
+        """Attention of each layer: full at the end of each sliding window pattern and in the last, else sliding."""
         last = self.num_hidden_layers - 1
         return tuple(
             "full_attention" if (i + 1) % self.sliding_window_pattern == 0 or i == last else "sliding_attention"
@@ -189,6 +191,7 @@ class Gemma4Config:
         return self.vision is not None and self.use_bidirectional_attention == "vision"
 
     def layer(self, index: int) -> LayerConfig:
+        """Sizes of one decoder layer, worked out of the model's."""
         types = self.layer_types
         full = types[index] == "full_attention"
         first = self.first_kv_shared_layer
@@ -245,6 +248,7 @@ class Gemma4Config:
         return config_to_hf(self)
 
     def replace(self, **overrides: Any) -> Gemma4Config:
+        """The same config with some fields changed, and checked again."""
         return dataclasses.replace(self, **overrides)
 
 

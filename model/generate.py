@@ -19,6 +19,20 @@ from model.precision import upcast
 from model.token_types import token_types
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn; the defaults are those of the released checkpoints."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 64
+    top_p: float = 0.95
+    generator: torch.Generator | None = None
+
+
+RELEASED, GREEDY = Sampling(), Sampling(temperature=0)
+
+
 @dataclass
 class Cache:
     """Keys and values of the positions so far, per producing layer; a sliding layer drops what left its window."""
@@ -63,18 +77,14 @@ def generate_tokens(
     *,
     images: Sequence[tuple[Tensor, Tensor]] = (),
     clips: Sequence[Tensor] = (),
-    temperature: float = 1.0,
-    top_k: int = 64,
-    top_p: float = 0.95,
+    sampling: Sampling = RELEASED,
     stop: Sequence[int] = (),
-    generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[list[int]]:
     """The next token of every prompt, step by step, until all have met a stop token.
 
-    temperature 0 is greedy. images and clips: what the prompts' media tokens stand for, as
-    `Media.build` takes them. Prompts of different length are padded on the left; a padded
-    position is invisible.
+    images and clips: what the prompts' media tokens stand for, as `Media.build` takes them. Prompts of different
+    length are padded on the left; a padded position is invisible.
     """
     config, length = model.config, max(map(len, prompts))
     padding = torch.tensor([length - len(prompt) for prompt in prompts], device=device)
@@ -100,7 +110,7 @@ def generate_tokens(
         hidden = model.run(inputs, cache)
         past += tokens.shape[1]
         # On the CPU, where every operation has a deterministic form.
-        choice = sample(upcast(model.logits(hidden)).cpu(), temperature, top_k, top_p, generator).to(device)
+        choice = sample(upcast(model.logits(hidden)).cpu(), sampling).to(device)
         yield choice.tolist()
         done |= torch.isin(choice, stops)
         if bool(done.all()):
@@ -109,17 +119,15 @@ def generate_tokens(
         media = types_BS = None
 
 
-def sample(
-    logits_BV: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
-) -> Tensor:
+def sample(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     """One token per row: among the top k, the smallest set whose probability reaches top p."""
-    if temperature == 0:
+    if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1)
-    values, indices = logits_BV.div(temperature).topk(min(top_k, logits_BV.shape[-1]), dim=-1)
+    values, indices = logits_BV.div(sampling.temperature).topk(min(sampling.top_k, logits_BV.shape[-1]), dim=-1)
     probabilities = values.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
-    probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    return indices.gather(1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
+    probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+    return indices.gather(1, torch.multinomial(probabilities, 1, generator=sampling.generator))[:, 0]
 
 
 def cache_masks(

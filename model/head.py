@@ -53,6 +53,7 @@ class Head(nn.Module):
 
 
 def softcapped_logits(logits: Tensor, cap: float) -> Tensor:
+    """Scores bounded to (-cap, cap), by a scaled tanh."""
     return torch.tanh(logits / cap) * cap
 
 
@@ -97,6 +98,7 @@ class LossGradients:
             self.of_weight += grad.T @ hidden
 
     def save(self, ctx: Any) -> None:
+        """Keep the gradients for the backward, which only scales them."""
         ctx.weight_dtype = self.weight_VD.dtype
         ctx.save_for_backward(self.of_hidden, self.of_weight)
 

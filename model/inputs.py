@@ -33,9 +33,11 @@ class Kept:
     masks: Masks
 
     def take(self, x_TD: Tensor) -> Tensor:
+        """The rows of kept positions, in order."""
         return x_TD[self.index]
 
     def to(self, device: torch.device) -> Self:
+        """The same positions with index and masks on a device."""
         return replace(self, index=self.index.to(device, non_blocking=True), masks=_masks_on(self.masks, device))
 
 

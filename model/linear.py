@@ -38,6 +38,7 @@ class Linear(nn.Linear):
         return self.weight if self.read is None else self.read(self.weight)
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        """The product with this device's part of the weight, the adapter's added."""
         out = self.product(x_TD, self.local_weight())
         if self.adapter is not None:
             out = out + self.adapter(x_TD)

@@ -88,6 +88,7 @@ class AttentionMask:
 
     @property
     def num_queries(self) -> int:
+        """How many queries the mask has, over all sequences."""
         return self.batch_T.numel()
 
     @cached_property

@@ -48,6 +48,7 @@ class Places:
         return x_TD.index_copy(0, self.index, chosen.to(x_TD.dtype))
 
     def to(self, device: torch.device) -> Places:
+        """The same places with their indices on a device."""
         chosen = None if self.chosen is None else self.chosen.to(device, non_blocking=True)
         return Places(self.index.to(device, non_blocking=True), chosen)
 
@@ -66,6 +67,7 @@ class Patches:
     places: Places
 
     def to(self, device: torch.device) -> Patches:
+        """The same patches on a device, with their mask."""
         values, positions = (t.to(device, non_blocking=True) for t in (self.values_TC, self.positions_T2))
         return Patches(values, positions, self.lengths, self.mask.to(device), self.places.to(device))
 
@@ -80,6 +82,7 @@ class Frames:
     places: Places
 
     def to(self, device: torch.device) -> Frames:
+        """The same frames on a device, with the layout of their clips."""
         clips = None if self.clips is None else self.clips.to(device)
         return Frames(self.values_TF.to(device, non_blocking=True), self.lengths, clips, self.places.to(device))
 
@@ -92,6 +95,7 @@ class Media:
     audio: Frames | None = None
 
     def to(self, device: torch.device) -> Media:
+        """The same media on a device."""
         return Media(
             None if self.vision is None else self.vision.to(device),
             None if self.audio is None else self.audio.to(device),
@@ -174,10 +178,12 @@ def pack_frames(config: Gemma4Config, clips: Sequence[Tensor], places: Tensor) -
 
 
 def num_vision_tokens(config: Gemma4Config, patches: Patches | None) -> int:
+    """Soft tokens of all images and video frames together; 0 without any."""
     return 0 if patches is None or config.vision is None else len(patches.values_TC) // config.vision.patches_per_token
 
 
 def num_audio_tokens(config: Gemma4Config, frames: Frames | None) -> int:
+    """Soft tokens of all clips together; 0 without any."""
     return 0 if frames is None or config.audio is None else sum(map(config.audio.num_tokens, frames.lengths))
 
 

@@ -9,6 +9,8 @@ from model.linear import Linear
 
 
 class MLP(nn.Module):
+    """Gated feed-forward of a decoder layer (docs/gemma4.md 5)."""
+
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.gate_proj = Linear(hidden_size, intermediate_size)
@@ -16,4 +18,5 @@ class MLP(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        """Features [T, D] of each token, through the gate."""
         return self.down_proj(F.gelu(self.gate_proj(x_TD), approximate="tanh") * self.up_proj(x_TD))

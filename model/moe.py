@@ -108,6 +108,7 @@ class Experts(nn.Module):
         self.grouped_mm = grouped_mm
 
     def forward(self, x_TD: Tensor, weights_Tk: Tensor, indices_Tk: Tensor) -> Tensor:
+        """The weighted sum [T, D] of what the chosen experts make of each token."""
         return run_routed(x_TD, weights_Tk, indices_Tk, self.gate_up_proj, self.down_proj, self.grouped_mm)
 
 

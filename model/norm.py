@@ -20,6 +20,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim)) if with_scale else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Vectors of root mean square 1 along the last axis, times the weight; in the dtype of x."""
         return rms_norm(x, self.weight, self.eps)
 
 

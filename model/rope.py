@@ -24,6 +24,7 @@ class RotaryTable:
     sin: Tensor
 
     def select(self, rows: Tensor) -> RotaryTable:
+        """The table at some of its positions."""
         return RotaryTable(self.cos[rows], self.sin[rows])
 
 

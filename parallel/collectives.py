@@ -90,6 +90,7 @@ class RingTransfer(NamedTuple):
     requests: list[Any]
 
     def wait(self) -> tuple[Tensor, ...]:
+        """The neighbour's tensors, once they have arrived."""
         for request in self.requests:
             request.wait()
         return self.received

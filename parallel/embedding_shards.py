@@ -66,6 +66,7 @@ class ShardedRows(nn.Module):
         )
 
     def forward(self, ids_T: Tensor) -> Tensor:
+        """Rows [T, C] of tokens, fetched from the ranks that hold them."""
         plan = self.plan
         if plan is None:
             return self._fetch(ids_T)

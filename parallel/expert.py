@@ -48,6 +48,7 @@ class ParallelExperts(nn.Module):
         self.first = mesh.get_local_rank() * self.held
 
     def forward(self, x_TD: Tensor, weights_Tk: Tensor, indices_Tk: Tensor) -> Tensor:
+        """The weighted sum [T, D] of what the chosen experts, on whichever rank, make of each token."""
         plan = self.plan
         if plan is None or plan.sequence_parallel:
             return self._routed(x_TD, weights_Tk, indices_Tk)

@@ -26,6 +26,7 @@ class Layout:
 
     @property
     def world_size(self) -> int:
+        """Ranks that the mesh needs: the product of its axes."""
         return math.prod(getattr(self, axis) for axis in AXES)
 
     @property

@@ -35,10 +35,12 @@ class Mesh:
 
     @property
     def tp(self) -> DeviceMesh:
+        """The axis along which weights of a layer are split."""
         return self.split["tp"]
 
     @property
     def ep(self) -> DeviceMesh:
+        """The axis along which experts are shared out."""
         return self.experts["ep"]
 
     @property

@@ -23,6 +23,8 @@ def at_least(default: Any, least: float) -> Any:
 
 @dataclass
 class ParallelConfig:
+    """Sizes of the mesh's axes, and how FSDP and pipelines behave on it."""
+
     pp: int = 1
     """Pipeline stages, one or more on each rank."""
     pp_schedule: str = one_of("1f1b", *SCHEDULES)
@@ -48,6 +50,8 @@ class ParallelConfig:
 
 @dataclass
 class ActivationCheckpointConfig:
+    """What is computed again in the backward rather than kept."""
+
     mode: str = one_of("none", "none", "full", "selective")
     """none | full (recompute whole layers) | selective (keep attention and every second product, recompute the rest)"""
     every: int = at_least(1, 1)
@@ -56,12 +60,16 @@ class ActivationCheckpointConfig:
 
 @dataclass
 class Float8Config:
+    """Products in 8-bit floating point."""
+
     recipe: str = one_of("none", "none", "tensorwise", "rowwise")
     """none | tensorwise | rowwise: products of the decoder's linear layers, by torchao, and of experts"""
 
 
 @dataclass
 class MoEConfig:
+    """Losses that keep the router of a mixture of experts balanced."""
+
     balance_loss: float = at_least(0.0, 0)
     """Coefficient of the loss that evens out the experts' load."""
     router_z_loss: float = at_least(0.0, 0)

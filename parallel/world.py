@@ -26,6 +26,7 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World:
+        """What torchrun's variables say of this process; one process alone without them."""
         defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
         return cls(*(int(os.environ.get(name, default)) for name, default in defaults.items()))
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests import compare
-from tests.report import merge, render, report, tables
+from tests.harness import compare
+from tests.harness.report import merge, render, report, tables
 
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 

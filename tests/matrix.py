@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from parallel.layout import Layout
-from tests.meshes import VARIANTS, Case, Errors, run_all, worst_of
+from tests.harness.meshes import VARIANTS, Case, Errors, run_all, worst_of
 
 README = Path(__file__).parent.parent / "README.md"
 _BLOCK = re.compile(r"(<!-- matrix -->\n).*?(<!-- /matrix -->)", re.DOTALL)

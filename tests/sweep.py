@@ -23,7 +23,7 @@ import torch
 
 from model import ConfigError
 from parallel.layout import AXES, Layout, problem
-from tests.meshes import VARIANTS, Case, check, run
+from tests.harness.meshes import VARIANTS, Case, check, run
 
 
 def draw_case(seed: str, dtype: torch.dtype = torch.float64) -> Case:
@@ -34,7 +34,8 @@ def draw_case(seed: str, dtype: torch.dtype = torch.float64) -> Case:
         model = _draw_model(draw, variant, dtype)
         case = replace(model, layout=_draw_layout(draw, variant), options=_draw_options(draw))
         try:
-            if problem(case.layout, case.config, case.length) is None and check(case) is None:
+            check(case)
+            if problem(case.layout, case.config, case.length) is None:
                 return case
         except ConfigError:
             continue

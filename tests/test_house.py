@@ -13,7 +13,7 @@ from itertools import pairwise
 import pytest
 from omegaconf import OmegaConf
 
-from tests.sources import (
+from tests.harness.sources import (
     PRODUCT,
     ROOT,
     fields,
@@ -160,6 +160,17 @@ def test_links_lead_to_files_and_headings() -> None:
                 target = ((ROOT / document).parent / path if path else ROOT / document).resolve()
                 if target not in known or (anchor and anchor not in headings(target.read_text())):
                     problems.append(f"{document}:{number}: {link} leads to nothing in the repository")
+    none_of(problems)
+
+
+def test_named_tests_exist() -> None:
+    """A test that is named in a document or in a list of what is run is where its name says."""
+    problems = []
+    for name in files():
+        for number, line in enumerate(text_of(name).splitlines(), 1):
+            for path, test in re.findall(r"(?<![\w./])(tests/[\w/]+\.py)(?:::(\w+))?", line):
+                if path not in files() or (test and f"def {test}(" not in text_of(path)):
+                    problems.append(f"{name}:{number}: no {test or 'tests'} in {path}")
     none_of(problems)
 
 

@@ -19,6 +19,8 @@ EXPORT_DTYPES = ("auto", "bfloat16", "float32")
 
 @dataclass
 class RunConfig:
+    """Where a run writes, on what device and in which dtype it computes, and where it goes on."""
+
     dir: str = "runs/default"
     seed: int = at_least(0, 0)
     """Decides initial values, the order of data, and samples."""
@@ -37,6 +39,8 @@ class RunConfig:
 
 @dataclass
 class TrainConfig:
+    """How many steps of which batch size minimise what, and what is reported meanwhile."""
+
     steps: int = at_least(100, 1)
     global_batch_size: int = at_least(16, 1)
     """Sequences in an optimizer step, over all ranks and micro-batches."""
@@ -59,6 +63,8 @@ class TrainConfig:
 
 @dataclass
 class SourceConfig:
+    """One source of a mixture (data.sources)."""
+
     path: str = ""
     weight: float = 1.0
     format: str | None = one_of(None, *FORMATS)
@@ -67,6 +73,8 @@ class SourceConfig:
 
 @dataclass
 class DataConfig:
+    """Which texts or conversations are read, and how they become sequences."""
+
     source: str = "python_stdlib"
     """python_stdlib | a file, folder or glob of text or .jsonl files"""
     sources: list[SourceConfig] = field(default_factory=list)
@@ -86,6 +94,8 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
+    """Step size, weight decay and moment decay rates of AdamW."""
+
     lr: float = at_least(5e-3, 0)
     beta1: float = 0.9
     beta2: float = 0.95
@@ -95,6 +105,8 @@ class OptimizerConfig:
 
 @dataclass
 class ScheduleConfig:
+    """The learning rate over the steps of a run."""
+
     name: str = one_of("cosine", "constant", "linear", "cosine", "wsd")
     """constant | linear | cosine | wsd (warm-up, stable, linear decay)"""
     warmup_steps: int | None = at_least(None, 0)
@@ -106,6 +118,8 @@ class ScheduleConfig:
 
 @dataclass
 class CheckpointConfig:
+    """When checkpoints are saved, and how many are kept."""
+
     every: int = at_least(50, 0)
     """Steps between checkpoints; 0 saves only at the end or when told to stop."""
     keep: int = at_least(2, 1)
@@ -114,6 +128,8 @@ class CheckpointConfig:
 
 @dataclass
 class WandbConfig:
+    """Weights & Biases; the names are those of wandb.init."""
+
     mode: str = one_of("disabled", "disabled", "offline", "online")
     """disabled | offline | online"""
     project: str = "gemwright"
@@ -125,11 +141,15 @@ class WandbConfig:
 
 @dataclass
 class TrackersConfig:
+    """Where metrics go besides the run's folder."""
+
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
 @dataclass
 class ExportConfig:
+    """When and in which dtype a run writes folders for transformers and vLLM."""
+
     every: int = at_least(0, 0)
     """Steps between exports of the newest checkpoint as a folder for transformers and vLLM; 0 for none."""
     at_end: bool = False
@@ -150,6 +170,8 @@ ModelOverrides = dataclasses.make_dataclass(
 
 @dataclass
 class ModelConfig(ModelOverrides):  # type: ignore[misc, valid-type]
+    """A named variant with some sizes changed, the weights it starts from, and its encoders."""
+
     name: str = "gemma4_tiny_e4b"
     weights: str | None = None
     """A checkpoint folder, hub id or registered name to start from; its config.json then gives the sizes."""
@@ -161,6 +183,8 @@ class ModelConfig(ModelOverrides):  # type: ignore[misc, valid-type]
 
 @dataclass
 class Config(PlanConfig):
+    """All options of a training run, by section."""
+
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

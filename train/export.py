@@ -84,6 +84,7 @@ class Origin:
 
     @property
     def config(self) -> dict[str, Any]:
+        """The config.json of the checkpoint that the run began with."""
         return _read_json(self.folder / "config.json")
 
     @cached_property

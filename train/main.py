@@ -57,6 +57,7 @@ def _leave(world: World, message: str) -> NoReturn:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Train as the command line says; the exit status, after one line for a mistake of the user's."""
     overrides = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"}.intersection(overrides):
         print(__doc__)

@@ -25,6 +25,7 @@ class Meter:
     started: float = field(default_factory=time.perf_counter)
 
     def add(self, tokens: int, flops: int, data_seconds: float) -> None:
+        """Count one optimizer step; `data_seconds` is the time spent waiting for its batches."""
         self.tokens += tokens
         self.flops += flops
         self.data_seconds += data_seconds
@@ -65,6 +66,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def step_line(record: dict[str, Any], steps: int) -> str:
+    """A record of metrics as one line for the terminal."""
     eta = int(record["eta_seconds"])
     eta_text = f"{eta // 3600}h{eta % 3600 // 60:02d}m" if eta >= 3600 else f"{eta // 60}m{eta % 60:02d}s"
     return (

@@ -62,12 +62,15 @@ class CrossEntropy:
 
     @property
     def sums(self) -> tuple[str, ...]:
+        """Names of what is reported; z, the squared log-sum-exp, where it has a coefficient."""
         return ("loss", "count", "z") if self.z_loss else ("loss", "count")
 
     def units(self, batch: Batch) -> int:
+        """How many supervised tokens a batch has."""
         return batch.kept.count
 
     def __call__(self, hidden_TD: Tensor, head: Head, weight_VD: Tensor, batch: Batch) -> Loss:
+        """Sums over the supervised positions, by the head's fused loss."""
         sums = head(hidden_TD, weight_VD, batch.labels_T, z_loss=self.z_loss)
         return Loss(sums.total, sums.nll, torch.tensor(batch.kept.count), {"z": sums.z} if self.z_loss else {})
 

@@ -63,6 +63,7 @@ class ShardedAdamW(torch.optim.Optimizer):
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> ShardedAdamW:
+    """AdamW over what is trained; weight decay is on matrices, not on embedding tables and vectors."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -78,5 +79,6 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> ShardedAdamW:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate

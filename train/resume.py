@@ -31,6 +31,7 @@ class Progress:
 
     @classmethod
     def fresh(cls, run: Resolved, opened: Data) -> Progress:
+        """Nothing done yet, and what the numbers will refer to."""
         tokenizer = hashlib.sha256(opened.tokenizer_file.read_bytes()).hexdigest()
         data = {
             "corpus": opened.name,

@@ -27,14 +27,16 @@ class JsonlTracker:
             _truncate(path, first_step)
 
     def log(self, metrics: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
         _append(self.metrics, metrics)
 
     def log_samples(self, samples: list[dict[str, Any]]) -> None:
+        """Append a line to samples.jsonl for each text."""
         for sample in samples:
             _append(self.samples, sample)
 
     def finish(self) -> None:
-        pass
+        """Nothing is left open."""
 
 
 class WandbTracker:
@@ -80,15 +82,18 @@ class WandbTracker:
         )
 
     def log(self, metrics: dict[str, Any]) -> None:
+        """Send a step's numbers, in groups of charts."""
         named = {f"{_group(name)}/{name}": value for name, value in metrics.items() if name != "step"}
         self._run.log({"progress/step": metrics["step"], **named})
 
     def log_samples(self, samples: list[dict[str, Any]]) -> None:
+        """Send generated texts as a table that grows over the run."""
         self._rows += [_row(sample) for sample in samples]
         table = self._wandb.Table(columns=["step", "prompt", "text"], data=self._rows)
         self._run.log({"progress/step": samples[0]["step"], "samples/text": table})
 
     def finish(self) -> None:
+        """Wait until all is sent, and close the run."""
         self._run.finish()
 
 
@@ -96,6 +101,7 @@ Tracker = JsonlTracker | WandbTracker
 
 
 def build_trackers(config: Config, folder: Path, first_step: int) -> list[Tracker]:
+    """The run's own files, and Weights & Biases if the config wants it."""
     trackers: list[Tracker] = [JsonlTracker(folder, first_step)]
     if config.trackers.wandb.mode != "disabled":
         trackers.append(WandbTracker(config, folder))

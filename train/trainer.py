@@ -107,6 +107,7 @@ class Trainer:
 
     @property
     def complete(self) -> bool:
+        """Whether all steps were taken."""
         return self.progress.step >= self.config.train.steps
 
     def train(self) -> None:

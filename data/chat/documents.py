@@ -47,13 +47,16 @@ class ChatFormat:
 
     @cached_property
     def processor(self) -> MediaProcessor:
+        """What turns media files into patches and frames of the size this model reads."""
         return media_processor(self.config)
 
     @property
     def flags(self) -> dict[str, Any]:
+        """Flags of the chat template that hold for every conversation."""
         return {"enable_thinking": True} if self.thinking else {}
 
     def files(self, source: str) -> list[Path]:
+        """The .jsonl files that a source names. Raises `SourceError` if there are none."""
         files = [path for path in source_files(source) if path.suffix == ".jsonl"]
         if not files:
             raise SourceError(
@@ -62,12 +65,14 @@ class ChatFormat:
         return files
 
     def settings(self, files: list[Path]) -> str:
+        """All that the tokens depend on besides the files' contents, as a text for the cache's key."""
         sees = self.config.vision is not None
         places = [str(path.absolute()) for path in files]  # of a link too, as its media lie beside it
         settings = f"{NEWEST}/{template_size(self.config)}/{self.flags}/{self.sequence_length}/{sees}"
         return f"{settings}/{self.processor}/{places}"
 
     def make_tokenizer(self, files: list[Path]) -> Tokenizer:
+        """The model's own tokenizer. Raises `ConfigError` without one, since none is trained for conversations."""
         if self.tokenizer is None:
             raise ConfigError(
                 "data.format=chat needs a tokenizer; set data.tokenizer, or model.weights to a folder with one."
@@ -75,9 +80,11 @@ class ChatFormat:
         return load_tokenizer(self.tokenizer)
 
     def check(self, tokenizer: Tokenizer) -> None:
+        """Raises `UserError` if the tokenizer and the model disagree on the ids of media tokens."""
         check_media_tokens(tokenizer, self.config)
 
     def documents(self, files: list[Path], tokenizer: Tokenizer, counts: Counts) -> Iterator[Document]:
+        """Conversations as tokens, cut to whole turns where they are too long; `counts` learns what was left out."""
         for path in files:
             for item in read_conversations([path]):
                 encoded, media = self._encode(item, tokenizer, path.parent.absolute())

@@ -19,10 +19,14 @@ class Media(Protocol):
     """What takes the place of one media part."""
 
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """image, video or audio."""
+        ...
 
     @property
-    def placeholder(self) -> str: ...
+    def placeholder(self) -> str:
+        """Text of special tokens, one for each soft token that the media fill."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ class ConversationError(UserError):
 
 @dataclass(frozen=True)
 class PlainText:
+    """A line of a file that is a text without roles, all of it learned."""
+
     where: str
     """File and line."""
     text: str
@@ -29,6 +31,8 @@ class PlainText:
 
 @dataclass(frozen=True)
 class Conversation:
+    """A line of a file that holds messages, with the tools and template flags that go with them."""
+
     where: str
     """File and line."""
     messages: list[dict[str, Any]]

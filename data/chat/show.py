@@ -55,6 +55,7 @@ class StandIn:
 
     @property
     def placeholder(self) -> str:
+        """Four soft tokens between the marks of a real image or sound."""
         outer = "audio" if self.kind == "audio" else "image"
         return f"<|{outer}>{f'<|{self.kind}|>' * 4}<{outer}|>"
 

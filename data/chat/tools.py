@@ -13,6 +13,7 @@ _OWN_KEYS = ("description", "type", "properties", "required", "nullable")
 
 
 def quoted(text: object) -> str:
+    """A string as the chat template writes it, between its own quotation marks."""
     return f"{_QUOTE}{text}{_QUOTE}"
 
 
@@ -46,6 +47,7 @@ def format_declaration(function: Mapping[str, Any], null: str = "null") -> str:
 
 
 def sorted_ignoring_case(mapping: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Items in the order in which the template's `dictsort` puts them."""
     return sorted(mapping.items(), key=lambda item: item[0].lower())
 
 

@@ -36,10 +36,12 @@ class PackedDataset(Dataset[Row]):
 
     @property
     def sequences_per_epoch(self) -> int:
+        """Sequences after which every document was used once and the order is drawn anew."""
         return self.packing.sequences_per_epoch
 
     @cached_property
     def processor(self) -> MediaProcessor:
+        """What turns media files into patches and frames of the size this model reads."""
         return media_processor(self.config)
 
     def pieces(self, index: int) -> list[Piece]:

@@ -59,10 +59,12 @@ class Data:
 
     @property
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer that all sources share: given, or trained on the first."""
         return self.datasets[0].corpus.tokenizer
 
     @property
     def tokenizer_file(self) -> Path:
+        """Where the shared tokenizer is kept beside the first prepared source."""
         return self.datasets[0].corpus.folder / "tokenizer.json"
 
     def __str__(self) -> str:

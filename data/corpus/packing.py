@@ -82,6 +82,7 @@ class Whole:
         self.padding = 1 - int(lengths.sum()) / (len(bins) * sequence_length)
 
     def epoch(self, shuffled: Ints) -> Callable[[int], list[Piece]]:
+        """What makes each sequence of an epoch, given its documents in random order."""
         documents = np.empty_like(shuffled)
         documents[self.by_size] = shuffled[np.argsort(self.sizes[shuffled], kind="stable")]
         return partial(self._pieces, documents)

@@ -42,6 +42,7 @@ class Corpus:
 
 
 def default_cache() -> Path:
+    """The user's cache folder, in which prepared sources and their tokenizers are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gemwright"
 
 

@@ -109,10 +109,12 @@ class Shard:
 
     @property
     def num_documents(self) -> int:
+        """How many documents the folder holds."""
         return len(self.offsets) - 1
 
     @property
     def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document."""
         return np.diff(self.offsets)
 
     def document(self, index: int, start: int = 0, stop: int | None = None) -> Document:

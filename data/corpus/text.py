@@ -27,12 +27,15 @@ class TextFormat:
     fix = "give files with at least one document"
 
     def files(self, source: str) -> list[Path]:
+        """The text files that a source names: itself, those of a folder, or of a glob."""
         return source_files(source)
 
     def settings(self, files: list[Path]) -> str:
+        """All that the tokens depend on besides the files' contents, as a text for the cache's key."""
         return str(self.vocab_size if self.tokenizer is None else "given")
 
     def make_tokenizer(self, files: list[Path]) -> Tokenizer:
+        """The given tokenizer, or one trained on these texts."""
         if self.tokenizer is None:
             return train_tokenizer(read_documents(files), self.vocab_size)
         return load_tokenizer(self.tokenizer)
@@ -41,6 +44,7 @@ class TextFormat:
         """Any tokenizer can read text."""
 
     def documents(self, files: list[Path], tokenizer: Tokenizer, counts: Counts) -> Iterator[Document]:
+        """Each text as tokens between begin and end of text, all of them learned."""
         # A document cannot smuggle in control tokens: text spelling one is encoded piece by piece.
         tokenizer.encode_special_tokens = True
         texts = read_documents(files)

@@ -64,6 +64,7 @@ def in_a_process(function: Callable[[], Any]) -> Any:
 
 
 def loss() -> None:
+    """Print peak memory and time of the fused loss beside logits that are held whole."""
     vocab, width = 262_144, 256
     print(f"loss, forward and backward, V {vocab:,}, D {width}, float32, {torch.get_num_threads()} threads")
     print(f"{'tokens':>7} {'loss':>6} {'peak MiB':>9} {'seconds':>8} {'[T, V] MiB':>10}")
@@ -97,6 +98,7 @@ def loss() -> None:
 
 
 def attention(rounds: int) -> None:
+    """Print times of the blocked CPU kernel beside torch's own attention with a dense mask, forward and backward."""
     length, window, heads, kv_heads, width = 4096, 512, 8, 2, 256
     generator = torch.Generator().manual_seed(0)
     q = (torch.randn(length, heads, width, generator=generator) * width**-0.5).requires_grad_()
@@ -124,6 +126,7 @@ def attention(rounds: int) -> None:
 
 
 def supervised(rounds: int) -> None:
+    """Print times of a step that prunes unsupervised positions beside one that computes all of them."""
     print("training step at B 2, S 512, some share of the positions supervised: all work / needed work (medians)")
     for variant in ("tiny_e2b", "tiny_e4b", "tiny_31b"):
         config = Gemma4Config.from_name(f"gemma4_{variant}")
@@ -151,11 +154,14 @@ ONCE = {"loss": loss, "memory": memory, "load": load}
 
 @dataclass
 class Options:
+    """Arguments of `gemwright benchmark`."""
+
     what: list[str] = field(metadata={"choices": (*COUNTED, *ONCE)})
     rounds: int = 5
 
 
 def benchmark(options: Options) -> None:
+    """Run the benchmarks that were named, in order."""
     for name in options.what:
         if name in ONCE:
             ONCE[name]()
@@ -164,6 +170,7 @@ def benchmark(options: Options) -> None:
 
 
 def main() -> None:
+    """Run the command line's benchmarks."""
     run(Options, benchmark, __doc__, "what")
 
 

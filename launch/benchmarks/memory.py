@@ -145,6 +145,8 @@ def _peak() -> int:
 
 @dataclass
 class Arguments:
+    """What a process started by this module measures: a kind of step, or loading a checkpoint."""
+
     step: str = ""
     load: str = ""
     """A checkpoint's folder."""
@@ -167,6 +169,7 @@ def _start(ranks: int, argument: str) -> None:
 
 
 def memory() -> None:
+    """Print the peak of each kind of step, on one rank and on several."""
     for kind, step in STEPS.items():
         print(step.__doc__, flush=True)
         for size in (1, RANKS):
@@ -174,6 +177,7 @@ def memory() -> None:
 
 
 def load() -> None:
+    """Print how loading a large checkpoint raises the peak of each rank."""
     with tempfile.TemporaryDirectory(prefix="gemwright-load-") as name:
         written = write_checkpoint(Path(name))
         print(f"loading {written / _GB:.1f} GB of bfloat16 on {LOADING_RANKS} ranks into float32 masters", flush=True)

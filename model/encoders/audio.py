@@ -33,6 +33,7 @@ class SubsampleLayer(nn.Module):
         self.norm = nn.LayerNorm(out_channels, eps=eps, bias=False)
 
     def forward(self, x_NCTM: Tensor) -> Tensor:
+        """Half as many frames and mel bins, [clips, channels, T, mel]."""
         x_NCTM = self.conv(x_NCTM.to(self.conv.weight.dtype))
         return F.relu(self.norm(x_NCTM.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
 
@@ -59,6 +60,8 @@ class SubsampleConvProjection(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Half-weighted feed-forward of a Conformer layer, with norms before and after, bounded against overflow."""
+
     def __init__(self, config: AudioConfig) -> None:
         super().__init__()
         D, clipped = config.hidden_size, config.use_clipped_linears
@@ -69,6 +72,7 @@ class FeedForward(nn.Module):
         self.post_layer_norm = RMSNorm(D, config.rms_norm_eps)
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        """The stream with this layer's share added."""
         y = self.pre_layer_norm(_bounded(x_TD, self.config))
         y = self.ffw_layer_2(F.silu(self.ffw_layer_1(y)))
         return self.post_layer_norm(_bounded(y, self.config)) * self.config.residual_weight + x_TD
@@ -91,6 +95,7 @@ class AudioAttention(nn.Module):
         self.per_dim_scale = nn.Parameter(torch.zeros(self.head_dim))
 
     def forward(self, x_TD: Tensor, clips: Clips, sinusoid_WD: Tensor) -> Tensor:
+        """Attended frames [T, D]; no frame sees one of another clip."""
         W, heads = self.config.window, (self.num_heads, self.head_dim)
         q, k, v = (upcast(p(x_TD)).unflatten(-1, heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         q = q * (self.head_dim**-0.5 / math.log(2)) * F.softplus(self.per_dim_scale)
@@ -122,6 +127,7 @@ class LightConv(nn.Module):
         self.conv_norm = RMSNorm(D, eps)
 
     def forward(self, x_TD: Tensor, clips: Clips) -> Tensor:
+        """The stream with the convolution's share added; nothing leaks from clip to clip."""
         y = F.glu(self.linear_start(self.pre_layer_norm(x_TD)), dim=-1)
         y = self.conv_norm(_bounded(self._convolve(y, clips), self.config))
         return self.linear_end(F.silu(y)) + x_TD
@@ -132,6 +138,8 @@ class LightConv(nn.Module):
 
 
 class AudioLayer(nn.Module):
+    """Conformer layer: attention and convolution between two feed-forwards."""
+
     def __init__(self, config: AudioConfig) -> None:
         super().__init__()
         D, eps = config.hidden_size, config.rms_norm_eps
@@ -145,6 +153,7 @@ class AudioLayer(nn.Module):
         self.norm_out = RMSNorm(D, eps)
 
     def forward(self, x_TD: Tensor, clips: Clips, sinusoid_WD: Tensor) -> Tensor:
+        """The stream [T, D] after this layer."""
         x_TD = self.feed_forward1(x_TD)
         attended = self.self_attn(self.norm_pre_attn(_bounded(x_TD, self.config)), clips, sinusoid_WD)
         x_TD = self.norm_post_attn(_bounded(attended, self.config)) + x_TD
@@ -163,6 +172,7 @@ class AudioTower(nn.Module):
         self.output_proj = nn.Linear(config.hidden_size, config.output_proj_dims, bias=True)
 
     def forward(self, frames: Frames) -> Tensor:
+        """Soft tokens [T / 4, output width] of log-mel frames, clips end to end."""
         assert frames.clips is not None
         x_TD = self.subsample_conv_projection(frames.values_TF, frames.clips)
         distances = torch.arange(self.config.window, device=x_TD.device)

@@ -31,6 +31,7 @@ class ClippedLinear(nn.Module):
                 self.register_buffer(name, torch.tensor(value))
 
     def forward(self, x: Tensor) -> Tensor:
+        """The linear map, its input and output clipped to the stored bounds if there are any."""
         if not self.clipped:
             return self.linear(x)
         y = self.linear(_clamp(x, self.input_min, self.input_max))

@@ -67,6 +67,8 @@ class Clips:
         )
 
     def to(self, device: torch.device) -> Clips:
+        """The same layout with its indices and masks on a device."""
+
         def moved(t: Tensor) -> Tensor:
             return t.to(device, non_blocking=True)
 

@@ -53,10 +53,12 @@ class VisionConfig:
 
     @property
     def patches_per_token(self) -> int:
+        """Patches that are pooled into one soft token."""
         return self.pooling_kernel_size**2
 
     @property
     def output_size(self) -> int:
+        """Width of the soft tokens before they are projected to the text stream."""
         return self.hidden_size
 
 
@@ -88,10 +90,12 @@ class VisionEmbedderConfig:
 
     @property
     def patches_per_token(self) -> int:
+        """One: patches come merged from the processor."""
         return 1
 
     @property
     def output_size(self) -> int:
+        """Width of the soft tokens before they are projected to the text stream."""
         return self.mm_embed_dim
 
 
@@ -128,6 +132,7 @@ class AudioConfig:
 
     @property
     def output_size(self) -> int:
+        """Width of the soft tokens before they are projected to the text stream."""
         return self.output_proj_dims
 
     @property
@@ -154,11 +159,14 @@ class AudioEmbedderConfig:
 
     @property
     def frame_width(self) -> int:
+        """Samples of the waveform in one frame."""
         return self.audio_embed_dim
 
     @property
     def output_size(self) -> int:
+        """Width of the soft tokens before they are projected to the text stream."""
         return self.audio_embed_dim
 
     def num_tokens(self, frames: int) -> int:
+        """Soft tokens of a clip: one for each frame."""
         return frames

@@ -30,6 +30,7 @@ class PatchEmbedder(nn.Module):
         self.position_embedding_table = nn.Parameter(torch.ones(2, config.position_embedding_size, config.hidden_size))
 
     def forward(self, patches: Patches) -> Tensor:
+        """Projected patches [T, D] with the embeddings of their columns and rows."""
         dtype = self.input_proj.weight.dtype
         values_TC = patches.values_TC.to(accumulation_dtype(dtype))
         x_TD = self.input_proj((2 * (values_TC - 0.5)).to(dtype))
@@ -39,6 +40,8 @@ class PatchEmbedder(nn.Module):
 
 
 class VisionAttention(nn.Module):
+    """Attention both ways within an image, with rotary positions along both axes."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         D, width, clipped = config.hidden_size, config.num_attention_heads * config.head_dim, config.use_clipped_linears
@@ -52,12 +55,15 @@ class VisionAttention(nn.Module):
         self.v_norm = RMSNorm(config.head_dim, config.rms_norm_eps, with_scale=False)
 
     def forward(self, x_TD: Tensor, table: RotaryTable, mask: AttentionMask) -> Tensor:
+        """Attended patches [T, D]; no patch sees one of another image."""
         q, k, v = (proj(x_TD).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_axial_rotary(self.q_norm(q), table), apply_axial_rotary(self.k_norm(k), table)
         return self.o_proj(attention(q, k, self.v_norm(v), mask).flatten(1))
 
 
 class VisionMLP(nn.Module):
+    """Gated feed-forward of the vision tower, with clipped linear maps where the variant has them."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         D, F_, clipped = config.hidden_size, config.intermediate_size, config.use_clipped_linears
@@ -66,10 +72,13 @@ class VisionMLP(nn.Module):
         self.down_proj = ClippedLinear(F_, D, clipped)
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        """Features [T, D] of each patch, through the gate."""
         return self.down_proj(F.gelu(self.gate_proj(x_TD), approximate="tanh") * self.up_proj(x_TD))
 
 
 class VisionLayer(nn.Module):
+    """Transformer layer of the vision tower, with norms before and after each half."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         D, eps = config.hidden_size, config.rms_norm_eps
@@ -81,12 +90,15 @@ class VisionLayer(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(D, eps)
 
     def forward(self, x_TD: Tensor, table: RotaryTable, mask: AttentionMask) -> Tensor:
+        """The stream [T, D] after this layer."""
         attended = self.self_attn(self.input_layernorm(x_TD), table, mask)
         x_TD = x_TD + self.post_attention_layernorm(attended)
         return x_TD + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_TD)))
 
 
 class VisionEncoder(nn.Module):
+    """The layers of the vision tower, under their name in released checkpoints."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
@@ -108,6 +120,7 @@ class VisionTower(nn.Module):
             self.register_buffer("std_scale", torch.ones(config.hidden_size))
 
     def forward(self, patches: Patches) -> Tensor:
+        """Soft tokens [T / pool^2, D] of patches, images end to end."""
         config = self.config
         x_TD = self.patch_embedder(patches)
         table = axial_rotary_table(config.head_dim, config.rope_theta, patches.positions_T2, x_TD.dtype)
@@ -134,6 +147,7 @@ class VisionEmbedder(nn.Module):
         self.pos_norm = nn.LayerNorm(D)
 
     def forward(self, patches: Patches) -> Tensor:
+        """Soft tokens [T, D] of merged patches, images end to end."""
         x_TD = self.patch_ln2(self.patch_dense(self.patch_ln1(patches.values_TC.to(self.patch_dense.weight.dtype))))
         columns, rows = patches.positions_T2.unbind(dim=-1)
         x_table, y_table = self.pos_embedding.unbind(dim=1)
@@ -149,6 +163,7 @@ class MediaProjector(nn.Module):
         self.embedding_pre_projection_norm = RMSNorm(input_size, eps, with_scale=False)
 
     def forward(self, x_TC: Tensor) -> Tensor:
+        """Soft tokens as wide as the text stream."""
         return self.embedding_projection(
             self.embedding_pre_projection_norm(x_TC.to(self.embedding_projection.weight.dtype))
         )

@@ -83,6 +83,7 @@ class RingMask(AttentionMask):
         return replace(self._on(device), parts=parts, positions=positions)
 
     def select(self, queries: Tensor) -> Self:
+        """The mask of a subset of the queries, in every block of the ring."""
         parts = tuple(None if part is None else part.select(queries) for part in self.parts)
         return replace(super().select(queries), parts=parts)
 

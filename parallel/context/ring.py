@@ -7,6 +7,7 @@ backward sends the blocks around once more, and with each the sum of its gradien
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ Make = Callable[[int, Sequence[Tensor], Tensor | None], KeyValue]
 
 
 def as_they_are(step: int, block: Sequence[Tensor], weight: Tensor | None) -> KeyValue:
+    """Keys and values of a block that travels finished, normed and rotated by its owner."""
     return KeyValue(*block)
 
 
@@ -85,7 +87,8 @@ class _Ring(torch.autograd.Function):
             passing = ring_send_recv(tuple(block), ctx.group) if step + 1 < len(ctx.parts) else None
             found: Sequence[Tensor] = ()
             if part is not None and part.num_queries:
-                found = _block_gradients(ctx.make, step, q_TNH, weight, block, part, out_TNH, lse_TN, grad_TNH)
+                make = partial(ctx.make, step)
+                found = _block_gradients(make, q_TNH, weight, block, part, out_TNH, lse_TN, grad_TNH)
                 for total, more in zip(sums, found, strict=False):
                     total += more
             # The sums of a block go with it, a step behind, so that they travel while the next is computed.
@@ -107,8 +110,7 @@ def _sum_of(x: Tensor) -> Tensor:
 
 
 def _block_gradients(
-    make: Make,
-    step: int,
+    make: Callable[[Sequence[Tensor], Tensor | None], KeyValue],
     q_TNH: Tensor,
     weight: Tensor | None,
     block: Sequence[Tensor],
@@ -120,7 +122,7 @@ def _block_gradients(
     """Gradients of q, of the weight if there is one, and of one block, through what it gave to the merged outputs."""
     leaves = [t.detach().requires_grad_() for t in (q_TNH, *(() if weight is None else (weight,)), *block)]
     with torch.enable_grad():
-        made = make(step, leaves[-len(block) :], None if weight is None else leaves[1])
+        made = make(leaves[-len(block) :], None if weight is None else leaves[1])
         partial_TNH, partial_lse_TN = partial_attention(leaves[0], *made, part)
     weight_TN = (partial_lse_TN.detach() - lse_TN).exp_()
     weighted_TNH = weight_TN[..., None] * upcast(grad_TNH)

@@ -9,6 +9,7 @@ SCHEDULES = ("1f1b", "interleaved", "zero_bubble")
 
 
 def num_stages(schedule: str, virtual: int, pp: int) -> int:
+    """Stages of the whole pipeline: one on each rank, or several where the schedule interleaves them."""
     return pp if schedule == "1f1b" else pp * virtual
 
 

@@ -29,6 +29,7 @@ class WeightGradients:
         return _Product.apply(x_TD, weight, self)
 
     def leave(self, weight: Tensor, grad: Tensor, x_TD: Tensor) -> None:
+        """Keep what a weight's gradient is made of until it is asked for."""
         self._left.append((weight, grad, x_TD))
 
     def take(self) -> Callable[[], None]:

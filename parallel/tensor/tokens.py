@@ -26,14 +26,17 @@ class TensorParallel:
 
     @property
     def group(self) -> dist.ProcessGroup:
+        """The ranks among which tokens and weights are split."""
         return self.mesh.get_group()
 
     @property
     def rank(self) -> int:
+        """This rank's place in the group."""
         return self.mesh.get_local_rank()
 
     @property
     def size(self) -> int:
+        """Ranks in the group."""
         return self.mesh.size()
 
     def all_gather_tokens(self, x_TD: Tensor) -> Tensor:
@@ -93,9 +96,11 @@ class DealtKept(Kept):
     group: dist.ProcessGroup
 
     def take(self, x_TD: Tensor) -> Tensor:
+        """Rows of the kept positions that were dealt to this rank, from whichever rank has them."""
         return exchange_rows(x_TD[self.local], self.sends, self.receives, self.group)
 
     def to(self, device: torch.device) -> Self:
+        """The same positions with index and masks on a device."""
         return replace(super().to(device), local=self.local.to(device, non_blocking=True))
 
 

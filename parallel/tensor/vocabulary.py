@@ -119,7 +119,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     """Like the fused loss of `model.head`: gradients are made in the forward, chunk by chunk."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913  autograd takes what it saves one by one
         ctx: Any,
         hidden_TD: Tensor,
         weight_VD: Tensor,

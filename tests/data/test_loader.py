@@ -10,7 +10,7 @@ from data.corpus.dataset import PackedDataset
 from data.corpus.prepare import Corpus
 from data.loader import BatchLoader, StepSampler
 from model import Gemma4Config
-from tests.data.corpus.files import texts
+from tests.harness.corpus_files import texts
 
 LENGTH = 48
 TINY = Gemma4Config.from_name("gemma4_tiny_e4b")

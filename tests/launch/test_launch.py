@@ -25,8 +25,8 @@ from launch.generate import Options, generate
 from launch.variants import parameters
 from model import Gemma4Config, UserError
 from model.hf.hub import load_model, load_tokenizer
-from tests.model.multimodal import save_reference, whole_reference
-from tests.runs import overrides, train_on
+from tests.harness.multimodal import save_reference, whole_reference
+from tests.harness.runs import overrides, train_on
 
 ROOT = Path(__file__).parents[2]
 VOCAB = 600
@@ -163,8 +163,8 @@ def test_export_of_a_run_by_command(tmp_path: Path) -> None:
     assert model.config.num_experts == 16 and model.config.vision is None
     theirs, ours = AutoTokenizer.from_pretrained(out), load_tokenizer(out)
     messages = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
-    ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
-    assert ids == encode(render(messages, size="large"), ours).ids
+    encoded: Any = theirs.apply_chat_template(messages, tokenize=True, return_dict=True)
+    assert encoded["input_ids"] == encode(render(messages, size="large"), ours).ids
     assert theirs.eos_token_id == 1 and theirs.pad_token_id == 0 and theirs.bos_token_id == 2
     written = (out / "model.safetensors").stat().st_mtime_ns
     status, _, _ = command("export", f"run={tmp_path / 'run'}", f"out={out}")

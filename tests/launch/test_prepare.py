@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.prepare import main
-from tests.runs import make_corpus
+from tests.harness.runs import make_corpus
 
 
 def test_prepare_as_a_command(

@@ -12,7 +12,7 @@ import sysconfig
 import zipfile
 from pathlib import Path
 
-from tests.runs import losses, overrides
+from tests.harness.runs import losses, overrides
 from train.own_packages import PACKAGES
 
 ROOT = Path(__file__).parents[2]

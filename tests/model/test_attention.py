@@ -48,7 +48,8 @@ def make(length: int, window: int | None, packed: bool, subset: bool) -> tuple[A
 @pytest.mark.parametrize(("length", "window", "packed", "subset"), CASES)
 def test_blocked_equals_plain_attention(length: int, window: int | None, packed: bool, subset: bool) -> None:
     mask, inputs = make(length, window, packed, subset)
-    expected, found = plain(*inputs, mask), blocked(*inputs, mask)
+    q, k, v = inputs
+    expected, found = plain(q, k, v, mask), blocked(q, k, v, mask)
     grad = torch.randn(expected.shape, dtype=torch.float64)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
     if mask.num_queries:
@@ -67,7 +68,8 @@ def test_flex_gives_the_same_under_the_same_mask(
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
     mask, inputs = make(2 * BLOCK_SIZE, window, True, subset)
     inputs = [t.detach().float().requires_grad_() for t in inputs]
-    found, expected = flex_over(flex_attention, *inputs, mask), blocked(*inputs, mask)
+    q, k, v = inputs
+    found, expected = flex_over(flex_attention, q, k, v, mask), blocked(q, k, v, mask)
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
     grad = torch.randn(expected.shape)
     for a, b in zip(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):

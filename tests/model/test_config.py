@@ -7,7 +7,7 @@ import torch
 
 from model import ConfigError, Gemma4, Gemma4Config
 from model.variants import VARIANT_NAMES
-from tests.report import report
+from tests.harness.report import report
 
 # Total, language model, token table, per-layer table, vision and audio encoder, their projectors: docs/gemma4.md 1.2.
 PARTS = ("total", "language model", "token table", "per-layer table", "vision", "embed_vision", "audio", "embed_audio")

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from model import Gemma4
-from model.generate import Cache, cache_masks, generate, sample
+from model.generate import GREEDY, Cache, Sampling, cache_masks, generate, sample
 from model.inputs import make_inputs
-from tests.model.multimodal import make_example, random_whole_config, whole_ours, whole_reference
-from tests.model.reference import (
+from tests.harness.multimodal import make_example, random_whole_config, whole_ours, whole_reference
+from tests.harness.reference import (
     FAMILIES,
     ours_from,
     perturbed_reference,
@@ -35,7 +35,7 @@ def test_greedy_with_cache_equals_greedy_without(family: str, seed: int) -> None
     # Two scores may be nearer than float32 tells apart, and then rounding chooses the text.
     model = ours_from(perturbed_reference(config, seed), config).double()
     prompts = [[2, 5, 9, 11, 3, 8, 40], [2, 17], [2, *list(range(20, 45))]]
-    found = generate(model, prompts, 24, temperature=0)
+    found = generate(model, prompts, 24, sampling=GREEDY)
     assert found == [uncached(model, prompt, 24) for prompt in prompts]
     assert len({tuple(row) for row in found}) > 1
 
@@ -57,20 +57,20 @@ def test_a_sliding_layer_keeps_one_window_and_consumers_keep_nothing() -> None:
 def test_generation_stops_at_the_stop_token() -> None:
     config = random_config("31b", 0)
     model = ours_from(perturbed_reference(config, 0), config)
-    free = generate(model, [[2, 5, 6]], 12, temperature=0)[0]
-    stopped = generate(model, [[2, 5, 6]], 12, temperature=0, stop=[free[3]])[0]
+    free = generate(model, [[2, 5, 6]], 12, sampling=GREEDY)[0]
+    stopped = generate(model, [[2, 5, 6]], 12, sampling=GREEDY, stop=[free[3]])[0]
     assert stopped == free[: free.index(free[3]) + 1]
 
 
 def test_sampling_stays_in_the_top_k_and_top_p() -> None:
     logits = torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.0]]).repeat(2000, 1)
     generator = torch.Generator().manual_seed(0)
-    drawn = sample(logits, 1.0, 3, 1.0, generator)
+    drawn = sample(logits, Sampling(1.0, 3, 1.0, generator))
     frequency = torch.bincount(drawn, minlength=5) / len(drawn)
     expected = torch.tensor([4.0, 3.0, 2.0]).softmax(0)
     assert (frequency[:3] - expected).abs().max() < 0.03 and frequency[3:].sum() == 0
-    assert set(sample(logits, 1.0, 5, 0.7, generator).tolist()) == {0, 1}
-    assert set(sample(logits, 0.0, 5, 1.0, generator).tolist()) == {0}
+    assert set(sample(logits, Sampling(1.0, 5, 0.7, generator)).tolist()) == {0, 1}
+    assert set(sample(logits, Sampling(0.0, 5, 1.0, generator)).tolist()) == {0}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,4 +92,4 @@ def test_greedy_after_media_equals_the_reference(family: str) -> None:
         expected.append(out[0, prompt.shape[1] :].tolist())
     prompts = [example.tokens_BS[0].tolist() for example in alone]
     images, clips = ([item for example in alone for item in getattr(example, kind)] for kind in ("images", "clips"))
-    assert generate(model, prompts, 12, temperature=0, images=images, clips=clips) == expected
+    assert generate(model, prompts, 12, sampling=GREEDY, images=images, clips=clips) == expected

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from launch.benchmarks.compare import in_a_process
 from model.head import Head, linear_cross_entropy, softcapped_logits
-from tests.report import report
+from tests.harness.report import report
 
 T, V, D, CAP = 37, 301, 16, 30.0
 
@@ -56,6 +56,7 @@ def test_log_probs_of_no_tokens_and_in_bfloat16() -> None:
     hidden, weight = (torch.randn(n, D).bfloat16().requires_grad_() for n in (T, V))
     found = Head(CAP).log_probs(hidden, weight, torch.randint(0, V, (T,)), 8)
     found.sum().backward()
+    assert hidden.grad is not None and weight.grad is not None
     assert found.dtype == torch.float32 and hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
 
 
@@ -65,6 +66,7 @@ def test_bfloat16_hidden_states_give_a_float32_loss() -> None:
     labels = torch.randint(0, V, (T,))
     loss = linear_cross_entropy(hidden, weight, labels, softcap=CAP, chunk_size=8)
     loss.total.backward()
+    assert hidden.grad is not None and weight.grad is not None
     plain = F.cross_entropy(softcapped_logits(hidden.float() @ weight.float().T, CAP), labels, reduction="sum")
     assert loss.total.dtype == torch.float32 and hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
     assert abs(loss.total.item() / plain.item() - 1) < 1e-2
@@ -82,6 +84,7 @@ def test_no_tokens_is_a_loss_of_zero_with_zero_gradients() -> None:
     hidden, weight = torch.randn(0, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
     total = linear_cross_entropy(hidden, weight, torch.empty(0, dtype=torch.long), softcap=CAP).total
     total.backward()
+    assert hidden.grad is not None and weight.grad is not None
     assert total == 0 and not weight.grad.any() and hidden.grad.shape == (0, D)
 
 

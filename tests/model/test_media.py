@@ -9,8 +9,8 @@ import torch
 
 from model import Gemma4Config
 from model.media import Media, MediaError
-from tests.model.multimodal import image_grid, make_example
-from tests.report import report
+from tests.harness.multimodal import image_grid, make_example
+from tests.harness.report import report
 
 E4B = Gemma4Config.from_name("gemma4_tiny_e4b")
 B31 = Gemma4Config.from_name("gemma4_tiny_31b")

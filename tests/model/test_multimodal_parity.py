@@ -14,8 +14,8 @@ from model import Gemma4
 from model.head import linear_cross_entropy
 from model.hf.hub import load_model
 from model.media import Media
-from tests.compare import hold, in_double, largest, relative_error
-from tests.model.multimodal import (
+from tests.harness.compare import hold, in_double, largest, relative_error
+from tests.harness.multimodal import (
     Example,
     disk_names,
     make_example,
@@ -23,12 +23,12 @@ from tests.model.multimodal import (
     save_reference,
     whole_reference,
 )
-from tests.model.reference import (
+from tests.harness.reference import (
     EXACT,
     FAMILIES,
     reference_in_double,
 )
-from tests.report import report
+from tests.harness.report import report
 
 BOUND = 1e-4
 CASES: dict[str, list[list[Any]]] = {
@@ -151,7 +151,7 @@ def test_logits_and_gradients_equal_the_reference(pair: tuple[str, Gemma4, Any],
 def test_packed_documents_with_images_equal_the_reference_one_by_one(pair: tuple[str, Gemma4, Any]) -> None:
     """Three documents in one row, an image at the very start of one and the very end of another."""
     family, ours, reference = pair
-    pieces = ([4, ("image", 2, 3)], [("image", 1, 2), 7, ("image", 2, 1), 3], [11])
+    pieces: tuple[list[Any], ...] = ([4, ("image", 2, 3)], [("image", 1, 2), 7, ("image", 2, 1), 3], [11])
     documents = [make_example(ours.config, [p], seed=i) for i, p in enumerate(pieces)]
     names = disk_names(reference)
 

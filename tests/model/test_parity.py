@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.compare import hold, in_double, relative_error
-from tests.model.reference import (
+from tests.harness.compare import hold, in_double, relative_error
+from tests.harness.reference import (
     EXACT,
     FAMILIES,
     ours_from,
@@ -17,7 +17,7 @@ from tests.model.reference import (
     reference_step,
     to_bfloat16,
 )
-from tests.report import report
+from tests.harness.report import report
 
 LENGTH = 40
 BOUND = 1e-4

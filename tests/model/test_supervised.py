@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from model.masks import attention_mask
-from tests.compare import hold, relative_error
-from tests.model.reference import (
+from tests.harness.compare import hold, relative_error
+from tests.harness.reference import (
     EXACT,
     FAMILIES,
     ours_from,
@@ -77,8 +79,8 @@ def test_gradients_of_shared_keys_and_values_survive_recomputation(family: str, 
     with reference_in_double(reference):
         _, expected = reference_step(reference, tokens, labels)
     for layer in ours.layers:
-        forward = layer.forward
-        layer.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
+        again = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = again  # type: ignore[method-assign]
     found = ours_step(ours, tokens, labels, skip=skip)
     producers = {config.layer(i).kv_source for i in range(config.first_kv_shared_layer, config.num_hidden_layers)}
     assert producers

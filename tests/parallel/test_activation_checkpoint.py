@@ -11,8 +11,8 @@ from model import Gemma4, Gemma4Config
 from model.head import linear_cross_entropy
 from parallel.activation_checkpoint import apply_activation_checkpoint
 from parallel.options import ActivationCheckpointConfig
-from tests.model.multimodal import make_example
-from tests.report import report
+from tests.harness.multimodal import make_example
+from tests.harness.report import report
 
 MODES = {"none": ("none", 1), "selective": ("selective", 1), "full": ("full", 1), "full, every 3rd": ("full", 3)}
 

@@ -9,7 +9,7 @@ import pytest
 
 from parallel.agree import RankError, from_all, on_rank_0, summed_counts, together
 from parallel.world import World
-from tests.distributed import run_ranks
+from tests.harness.distributed import run_ranks
 
 
 def fails(message: str) -> Any:
@@ -25,12 +25,17 @@ def said(call: Callable[[], object]) -> str:
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_rank_gets_the_same_answer_or_the_same_failure(size: int) -> None:
     def on_rank(world: World) -> dict[str, Any]:
-        rank, ran = world.rank, []
+        rank, ran = world.rank, list[int]()
+
+        def first() -> str:
+            ran.append(rank)
+            return f"rank {rank}"
+
         return {
             "values": from_all({"rank": rank}),
             "sums": summed_counts(rank, 1, 2**40),
             "own": together(lambda: rank * 10),
-            "of rank 0": on_rank_0(lambda: ran.append(rank) or f"rank {rank}"),
+            "of rank 0": on_rank_0(first),
             "ran": ran,
             "the last fails": said(lambda: together(lambda: fails("no\n  room") if rank == world.size - 1 else None)),
             "all fail": said(lambda: together(lambda: fails(f"rank {rank}"))),

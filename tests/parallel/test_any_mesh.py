@@ -13,10 +13,10 @@ from parallel.apply import build_parallel_model
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.world import World
-from tests.compare import hold
-from tests.distributed import run_ranks
-from tests.meshes import CPU, LEARNING_RATES, Case, initial_values, share_of, whole_batch
-from tests.report import report
+from tests.harness.compare import hold
+from tests.harness.distributed import run_ranks
+from tests.harness.meshes import CPU, LEARNING_RATES, Case, initial_values, share_of, whole_batch
+from tests.harness.report import report
 from train.checkpoint import Checkpointer
 from train.config import OptimizerConfig
 from train.engine import Engine
@@ -47,7 +47,7 @@ class Running:
     def __init__(self, variant: str, layout: Layout, world: World, seed: int) -> None:
         self.case, self.rank = Case(variant, layout, seed=seed), world.rank
         mesh = build_mesh(CPU, layout)
-        about = {"sequence_length": self.case.length, "compute_dtype": self.case.dtype}
+        about: dict[str, Any] = {"sequence_length": self.case.length, "compute_dtype": self.case.dtype}
         self.parallel = build_parallel_model(self.case.config, mesh, CPU, initial_values(seed), **about)
         self.optimizer = build_optimizer(self.parallel.model, OptimizerConfig(lr=LEARNING_RATES[self.case.dtype]))
         self.engine = Engine(self.parallel, CrossEntropy(), CPU)
@@ -64,6 +64,7 @@ class Running:
         return float(total) / supervised
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("variant", MESHES)
 def test_any_mesh_loads_what_any_mesh_saved(variant: str, tmp_path: Path) -> None:
     """Two steps, save, two more, of which the second needs the optimizer's state too."""

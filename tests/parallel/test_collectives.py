@@ -17,8 +17,8 @@ from torch import Tensor
 
 from parallel import collectives, embedding_shards
 from parallel.world import World
-from tests.compare import hold, relative_error
-from tests.distributed import run_ranks
+from tests.harness.compare import hold, relative_error
+from tests.harness.distributed import run_ranks
 
 SIZES = (2, 3, 4)
 PADDING, ROWS_PER_RANK = 1, 3

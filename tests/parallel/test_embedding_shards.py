@@ -12,8 +12,8 @@ from parallel.embedding_shards import ShardedRows
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.world import World
-from tests.distributed import run_ranks
-from tests.report import report
+from tests.harness.distributed import run_ranks
+from tests.harness.report import report
 
 CPU = torch.device("cpu")
 WIDTH = 6
@@ -86,7 +86,13 @@ def test_only_rows_that_are_used_cross() -> None:
         sent = 0
         exchange = dist.all_to_all_single
 
-        def counting(out: torch.Tensor, x: torch.Tensor, receives=None, sends=None, group=None) -> None:  # type: ignore[no-untyped-def]
+        def counting(
+            out: torch.Tensor,
+            x: torch.Tensor,
+            receives: list[int] | None = None,
+            sends: list[int] | None = None,
+            group: dist.ProcessGroup | None = None,
+        ) -> None:
             nonlocal sent
             kept = (sends or [len(x) // ranks] * ranks)[world.rank]
             sent += (len(x) - kept) * x[:1].numel() * x.element_size()

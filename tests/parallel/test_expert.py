@@ -17,9 +17,9 @@ from parallel.options import MoEConfig
 from parallel.router_losses import RouterBalance, read_balance
 from parallel.tensor.tokens import TensorParallel
 from parallel.world import World
-from tests.compare import relative_error
-from tests.distributed import run_ranks
-from tests.meshes import CPU, SMALL
+from tests.harness.compare import relative_error
+from tests.harness.distributed import all_ranks, run_ranks
+from tests.harness.meshes import CPU, SMALL
 
 EXPERTS, TOP_K, WIDTH = 8, 3, 32
 CONFIG = Gemma4Config.from_name(
@@ -123,7 +123,7 @@ def test_router_losses_are_means_over_all_ranks() -> None:
 
     def on_rank(world: World) -> tuple[Tensor, dict[str, float]]:
         made = router()
-        made.observer = RouterBalance(0, EXPERTS, [dist.group.WORLD], MoEConfig(balance, z))  # type: ignore[list-item]
+        made.observer = RouterBalance(0, EXPERTS, [all_ranks()], MoEConfig(balance, z))
         weights, _ = made(tokens_of(world.rank, "router", counts[world.rank])[0])
         (weights.sum() * 0).backward()  # the objective does not matter: the losses enter by themselves
         grad = made.proj.weight.grad

@@ -31,10 +31,10 @@ from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.options import ActivationCheckpointConfig, Float8Config
 from parallel.world import World
-from tests.compare import hold
-from tests.distributed import run_ranks
-from tests.meshes import CPU, VARIANTS, plans, whole_gradients
-from tests.report import report
+from tests.harness.compare import hold
+from tests.harness.distributed import run_ranks
+from tests.harness.meshes import CPU, VARIANTS, plans, whole_gradients
+from tests.harness.report import report
 
 RECIPES = ("tensorwise", "rowwise")
 SIZES: dict[str, Any] = {

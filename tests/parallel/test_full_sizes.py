@@ -5,6 +5,8 @@ Process groups are fake and tensors on `meta`, so that a model of any size build
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,8 +17,8 @@ from model import Gemma4Config
 from parallel.apply import build_parallel_model
 from parallel.layout import Layout, resolve_layout
 from parallel.mesh import build_mesh
-from tests.meshes import plans
-from tests.report import report
+from tests.harness.meshes import plans
+from tests.harness.report import report
 
 LENGTH = 8192
 CASES = [
@@ -40,7 +42,7 @@ def test_every_rank_holds_its_share(variant: str, layout: Layout) -> None:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
         try:
             mesh = build_mesh(torch.device("cpu"), layout)
-            about = {"compute_dtype": torch.bfloat16, "sequence_length": LENGTH}
+            about: dict[str, Any] = {"compute_dtype": torch.bfloat16, "sequence_length": LENGTH}
             model = build_parallel_model(
                 config, mesh, torch.device("meta"), lambda slices: None, options, **about
             ).model

@@ -9,7 +9,7 @@ import pytest
 
 from model import ConfigError, Gemma4Config
 from parallel.layout import Layout, problem, resolve_layout
-from tests.report import report
+from tests.harness.report import report
 
 # (ranks, variant, sequence length, what is asked for, cause, advice)
 ILLEGAL: list[tuple[int, str, int, dict[str, Any], str, str]] = [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch
-from model import Gemma4, Gemma4Config
+from model import Gemma4
 from model.init import random_fill, whole_slices
 from model.media import Media
 from parallel.apply import build_parallel_model
@@ -18,11 +18,11 @@ from parallel.fsdp import require_gradient_sync
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.world import World
-from tests.compare import hold, relative_error
-from tests.distributed import run_ranks
-from tests.meshes import Case, gradient_errors, plans, share_of, whole_gradients
-from tests.model.multimodal import make_example
-from tests.report import report
+from tests.harness.compare import hold, relative_error
+from tests.harness.distributed import run_ranks
+from tests.harness.media_batches import ROWS, batches, config_of
+from tests.harness.meshes import Case, gradient_errors, plans, share_of, whole_gradients
+from tests.harness.report import report
 from train.engine import Engine, media_of_all_ranks
 from train.objective import CrossEntropy, cross_entropy
 
@@ -35,27 +35,6 @@ MEDIA = (
     "vocab_size",
     "vocab_size_per_layer_input",
 )
-ROWS: list[list[Any]] = [[6, ("image", 2, 2), 9], [30], [5, ("audio", 30), 4], [28], [3, ("video", [(2, 1)] * 2)], [25]]
-
-
-def config_of(name: str) -> Gemma4Config:
-    return Gemma4Config.from_name(name)
-
-
-def batches(config: Gemma4Config, rows: list[list[Any]]) -> list[Batch]:
-    """One batch for each row, all of one length; a variant without audio gets text for it."""
-    found = []
-    for index, row in enumerate(rows):
-        pieces = [p if isinstance(p, int) or config.audio or p[0] != "audio" else 8 for p in row]
-        example = make_example(config, [pieces], seed=index)
-        tokens, labels = example.tokens_BS[:, :48], example.labels_BS[:, :48]
-        pad = 48 - tokens.shape[1]
-        tokens = torch.nn.functional.pad(tokens, (0, pad), value=5)
-        labels = torch.nn.functional.pad(labels, (0, pad), value=-100)
-        found.append(
-            Batch.make(config, tokens, labels, torch.arange(48)[None], torch.zeros_like(tokens), example.media)
-        )
-    return found
 
 
 def present(batch: Batch) -> tuple[bool, bool]:
@@ -63,9 +42,15 @@ def present(batch: Batch) -> tuple[bool, bool]:
     return media.vision is not None, media.audio is not None
 
 
+def needed(batches: list[Batch]) -> tuple[bool, bool]:
+    """Whether any of them has images, and whether any has sound."""
+    vision, audio = zip(*map(present, batches), strict=True)
+    return any(vision), any(audio)
+
+
 def backward(model: Gemma4, batch: Batch, others: list[Batch]) -> Tensor:
     """As the trainer does it: every rank runs the encoders that any rank needs in this micro-batch."""
-    vision, audio = (any(flags) for flags in zip(*map(present, [batch, *others]), strict=True))
+    vision, audio = needed([batch, *others])
     media = media_of_all_ranks(batch.inputs.media, model.config, vision=vision, audio=audio)
     loss = cross_entropy(model, replace(batch, inputs=replace(batch.inputs, media=media)))
     loss.total.backward()
@@ -100,6 +85,7 @@ def test_media_on_some_ranks_give_the_gradients_of_one_process(
         wanted = plans({key: value for key, value in options.items() if key != "compute_dtype"})
         dtype = options.get("compute_dtype", torch.float64)
         model = build_parallel_model(config, mesh, CPU, fill, wanted, frozen=frozen, compute_dtype=dtype).model
+        assert isinstance(model, Gemma4)
         total = torch.zeros((), dtype=torch.float64)
         accumulation = len(data) // world.size
         for step in range(accumulation):
@@ -141,6 +127,7 @@ def test_a_batch_of_text_touches_no_encoder() -> None:
     def run(world: World) -> set[str]:
         mesh = build_mesh(CPU, Layout(dp_shard=world.size))
         model = build_parallel_model(config, mesh, CPU, random_fill(3, 0.2, 0)).model
+        assert isinstance(model, Gemma4)
         backward(model, data[world.rank], data)
         return {name.partition(".")[0] for name in whole_gradients(model)}
 
@@ -167,14 +154,11 @@ def test_media_on_any_mesh_give_the_gradients_of_one_process(
 
     def run(world: World, layout: Layout) -> dict[str, float]:
         mesh, fill = build_mesh(CPU, layout), random_fill(3, 0.1, 0)
-        about = {"sequence_length": 48, "compute_dtype": torch.float64}
+        about: dict[str, Any] = {"sequence_length": 48, "compute_dtype": torch.float64}
         parallel = build_parallel_model(config, mesh, CPU, fill, plans(options), **about)
         mine = data[layout.data_rank(world.rank) :: layout.dp]
-        flags = [
-            tuple(any(found) for found in zip(*map(present, data[step : step + layout.dp]), strict=True))
-            for step in range(0, len(data), layout.dp)
-        ]
-        Engine(parallel, CrossEntropy(), CPU).forward_backward(mine, supervised, flags)  # type: ignore[arg-type]
+        flags = [needed(data[step : step + layout.dp]) for step in range(0, len(data), layout.dp)]
+        Engine(parallel, CrossEntropy(), CPU).forward_backward(mine, supervised, flags)
         return gradient_errors(parallel.model, expected)
 
     plain = Gemma4(config).double()

@@ -14,9 +14,9 @@ from parallel.grad_norm import clip_grad_norm
 from parallel.layout import Layout, micro_batch_size
 from parallel.mesh import build_mesh
 from parallel.world import World, select_device
-from tests.distributed import run_ranks
-from tests.meshes import plans
-from tests.runs import whole_parameters
+from tests.harness.distributed import run_ranks
+from tests.harness.meshes import plans
+from tests.harness.runs import whole_parameters
 
 
 def test_micro_batches_divide_a_rank_s_share() -> None:

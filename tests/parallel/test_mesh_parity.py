@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from parallel.layout import Layout
-from tests.matrix import MESHES, on_mesh, written
-from tests.meshes import VARIANTS, Case, Errors, run_all
-from tests.report import report
+from tests.harness.meshes import VARIANTS, Case, Errors, run_all
+from tests.harness.report import report
+from tests.matrix import MESHES, MOE, on_mesh, written
 
 
 def hold(title: str, mesh: str, variant: str, dtype: torch.dtype, found: Errors) -> None:
@@ -35,13 +35,25 @@ def hold(title: str, mesh: str, variant: str, dtype: torch.dtype, found: Errors)
     found.hold(title.partition(" ")[0].lower(), dtype, mesh, variant)
 
 
-@pytest.mark.parametrize(("mesh", "variant"), [(mesh, v) for mesh, kind in MESHES.items() for v in kind.variants])
+QUICK = {v: ("ep2" if v in MOE else "dp2", "tp2+sp", "pp2·cp2") for v in VARIANTS}
+"""Every kind of plan in three meshes; all others are marked `matrix`."""
+
+
+@pytest.mark.parametrize(
+    ("mesh", "variant"),
+    [
+        pytest.param(mesh, variant, marks=() if mesh in QUICK[variant] else pytest.mark.matrix)
+        for mesh, kind in MESHES.items()
+        for variant in kind.variants
+    ],
+)
 def test_a_mesh_equals_one_process(mesh: str, variant: str) -> None:
     """Three steps, of which the last two need the state of the optimizer; `tests.matrix` takes five."""
     found = on_mesh(mesh, 3)[variant]
     hold("Meshes against one process, relative errors", mesh, variant, torch.float64, found)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("mesh", ["dp2·tp2+sp·cp2", "pp2·dp2·tp2"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_mesh_equals_one_process_in_float32(variant: str, mesh: str) -> None:
@@ -85,6 +97,7 @@ def on_ranks(ranks: int) -> dict[str, Errors]:
     return dict(zip(named, run_all(list(named.values())), strict=True))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_change_no_number(name: str) -> None:
     case = OPTIONS[name]

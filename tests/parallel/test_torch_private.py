@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from parallel import torch_private
 from parallel.world import World
-from tests.distributed import run_ranks
+from tests.harness.distributed import run_ranks
 
 
 @pytest.mark.parametrize(

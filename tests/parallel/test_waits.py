@@ -12,9 +12,9 @@ from torch.overrides import TorchFunctionMode
 from parallel.apply import build_parallel_model
 from parallel.layout import Layout
 from parallel.world import World
-from tests.distributed import run_ranks
-from tests.meshes import CPU, Case, initial_values, mesh_of, share_of
-from tests.report import report
+from tests.harness.distributed import run_ranks
+from tests.harness.meshes import CPU, Case, initial_values, mesh_of, share_of
+from tests.harness.report import report
 from train.engine import Engine
 from train.objective import CrossEntropy
 
@@ -78,7 +78,7 @@ def test_a_step_asks_for_no_number(ranks: int) -> None:
         return found
 
     for case, *everywhere in zip(CASES[ranks], *run_ranks(ranks, on_rank), strict=True):
-        found = sum(everywhere, Counter())
+        found: Counter[str] = sum(everywhere, Counter())
         report("Numbers asked for in a step", {"variant": case.variant, "mesh": case.layout, "asked": dict(found)})
         piped = case.layout.pp > 1
         expected = TABLE if case.variant in ("e2b", "e4b") or piped else set()

@@ -11,14 +11,15 @@ from torch import Tensor
 from data.batch import Batch, collate
 from model.moe import Experts, Router
 from parallel.apply import ParallelModel, build_parallel_model
+from parallel.dtensors import local_part
 from parallel.expert import ParallelExperts
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.world import World
-from tests.distributed import run_ranks
-from tests.meshes import CPU, Case, initial_values, sequences, share_of, whole_batch
-from tests.report import report
-from tests.wire import WireCounter
+from tests.harness.distributed import run_ranks
+from tests.harness.meshes import CPU, Case, initial_values, sequences, share_of, whole_batch
+from tests.harness.report import report
+from tests.harness.wire import WireCounter
 from train.engine import Engine
 from train.objective import CrossEntropy
 
@@ -140,7 +141,7 @@ def test_a_token_goes_to_a_rank_once() -> None:
         experts = ParallelExperts(whole, mesh.ep)
         experts.to_empty(device="cpu")
         for parameter in experts.parameters():
-            torch.nn.init.normal_(parameter.to_local(), std=0.1)  # type: ignore[attr-defined]
+            torch.nn.init.normal_(local_part(parameter), std=0.1)
 
         def sent(x: Tensor, w: Tensor, i: Tensor) -> Any:
             with WireCounter() as counter:

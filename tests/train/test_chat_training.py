@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from model.hf.hub import load_model
-from tests.compare import hold
-from tests.data.chat.files import CONFIGS, TOKENIZER, chat, model, text, user, write, write_media
-from tests.model.multimodal import save_reference, whole_reference
-from tests.report import report
-from tests.runs import losses, train_on
+from tests.harness.chat_files import CONFIGS, TOKENIZER, chat, model, text, user, write, write_media
+from tests.harness.compare import hold
+from tests.harness.multimodal import save_reference, whole_reference
+from tests.harness.report import report
+from tests.harness.runs import losses, train_on
 
 STEPS = 4
 

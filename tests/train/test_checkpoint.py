@@ -18,8 +18,8 @@ import torch
 import train.checkpoint
 from model import UserError
 from parallel.world import World, is_lost_rank
-from tests.distributed import run_ranks
-from tests.runs import losses, overrides, records, train_on, train_once
+from tests.harness.distributed import run_ranks
+from tests.harness.runs import losses, overrides, records, train_on, train_once
 from train.load_config import load_config
 from train.resolve import resolve
 from train.trainer import Trainer
@@ -270,7 +270,7 @@ def test_a_kill_at_any_point_of_a_save_loses_nothing(tmp_path: Path, call: str, 
                 setattr(owner, name, deadly)
             save(step, *rest)
 
-        trainer.checkpointer.save = deadly_save  # type: ignore[method-assign]
+        trainer.checkpointer.save = deadly_save  # type: ignore[assignment, method-assign]
         trainer.train()
 
     with pytest.raises(AssertionError, match="died without a result"):

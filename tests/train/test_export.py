@@ -20,9 +20,9 @@ from parallel.apply import build_parallel_model
 from parallel.layout import Layout, nearest_layout
 from parallel.mesh import build_mesh
 from parallel.world import World
-from tests.distributed import run_ranks
-from tests.model.multimodal import make_example, random_whole_config, save_reference, whole_reference
-from tests.model.reference import (
+from tests.harness.distributed import run_ranks
+from tests.harness.multimodal import make_example, random_whole_config, save_reference, whole_reference
+from tests.harness.reference import (
     FAMILIES,
     perturbed_reference,
     random_config,
@@ -69,7 +69,7 @@ def through_ranks(source: Path, run: Path, ranks_in: int, ranks_out: int, **opti
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             found |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
@@ -99,7 +99,7 @@ def test_import_then_export_is_byte_identical_and_opens_in_the_reference(
     assert len(list(out.glob("*.safetensors"))) > 1
     assert_same_bytes(tmp_path / "source", out)
 
-    cls = Gemma4UnifiedForConditionalGeneration if family == "12b" else Gemma4ForConditionalGeneration
+    cls: Any = Gemma4UnifiedForConditionalGeneration if family == "12b" else Gemma4ForConditionalGeneration
     experts = {"experts_implementation": "eager"} if family == "26b_a4b" else {}
     again, info = cls.from_pretrained(
         out, dtype="auto", attn_implementation="eager", output_loading_info=True, local_files_only=True, **experts
@@ -119,12 +119,9 @@ def test_a_text_only_checkpoint_comes_back_byte_identical(family: str, tmp_path:
     save_reference(reference, tmp_path / "source")
     out = through_ranks(tmp_path / "source", tmp_path / "run", 2, 1)
     assert_same_bytes(tmp_path / "source", out)
+    experts: dict[str, Any] = {"experts_implementation": "eager"} if family == "26b_a4b" else {}
     again = Gemma4ForCausalLM.from_pretrained(
-        out,
-        dtype="auto",
-        attn_implementation="eager",
-        local_files_only=True,
-        **({"experts_implementation": "eager"} if family == "26b_a4b" else {}),
+        out, dtype="auto", attn_implementation="eager", local_files_only=True, **experts
     )
     tokens = torch.arange(3, 30)[None]
     with torch.no_grad():

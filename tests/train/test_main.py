@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import overrides
+from tests.harness.runs import overrides
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

@@ -11,17 +11,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from parallel.world import World
-from tests.compare import hold
-from tests.distributed import run_ranks
-from tests.report import report
-from tests.runs import losses, overrides, records, train_on
+from tests.harness.compare import hold
+from tests.harness.distributed import run_ranks
+from tests.harness.report import report
+from tests.harness.runs import losses, overrides, records, train_on
 from train.load_config import load_config
+from train.objective import Objective
 from train.resolve import resolve
 from train.trainer import Trainer
 
@@ -155,7 +156,7 @@ def test_a_stop_before_a_step_is_done_leaves_the_step_before(tmp_path: Path, acc
                 trainer.stop.signal_name = "SIGTERM"
             return objective(*args)
 
-        trainer.engine.objective = counted
+        trainer.engine.objective = cast(Objective, counted)
         if at == 0:
             trainer.stop.signal_name = "SIGTERM"
         trainer.train()

@@ -18,8 +18,8 @@ from model import Gemma4, Gemma4Config
 from model.encoders.config import AudioConfig, VisionConfig
 from model.inputs import make_inputs
 from model.masks import attention_mask
-from tests.model.multimodal import make_example
-from tests.runs import overrides, train_on
+from tests.harness.multimodal import make_example
+from tests.harness.runs import overrides, train_on
 from train.config import OptimizerConfig, ScheduleConfig
 from train.flops import media_flops, training_flops
 from train.metrics import Meter, step_line

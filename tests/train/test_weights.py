@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from transformers import Gemma4ForConditionalGeneration
 from data.tokenizer import train_tokenizer
 from model import ConfigError, Gemma4Config, UserError
 from model.hf.hub import load_model
-from tests.compare import hold
-from tests.distributed import run_ranks
-from tests.model.multimodal import save_reference, whole_reference
-from tests.runs import losses, make_corpus, overrides, records, train_on, train_once
+from tests.harness.compare import hold
+from tests.harness.distributed import run_ranks
+from tests.harness.multimodal import save_reference, whole_reference
+from tests.harness.runs import losses, make_corpus, overrides, records, train_on, train_once
 from train.export import MANIFEST
 from train.load_config import load_config
 from train.resolve import resolve
@@ -59,9 +60,10 @@ def test_the_first_loss_is_that_of_the_weights_and_every_mesh_goes_on_alike(rele
 def test_frozen_encoders_come_out_as_they_went_in_and_the_text_does_not(released: Path, tmp_path: Path) -> None:
     train_on(2, arguments(tmp_path, released, "export.at_end=true", "train.steps=3"))
     out = tmp_path / "run" / "export" / "step_00000003"
-    again, info = Gemma4ForConditionalGeneration.from_pretrained(
+    opened: Any = Gemma4ForConditionalGeneration.from_pretrained(
         out, dtype="auto", output_loading_info=True, local_files_only=True
     )
+    again, info = opened
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     before, after = load_model(released).state_dict(), load_model(out).state_dict()
     assert again.dtype == torch.bfloat16 and before.keys() == after.keys()

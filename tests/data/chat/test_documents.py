@@ -18,7 +18,7 @@ from data.corpus.shards import Counts
 from data.media.files import MediaFile, media_processor
 from data.tokenizer import train_tokenizer
 from model import UserError
-from tests.data.chat.files import (
+from tests.harness.chat_files import (
     E4B,
     LENGTH,
     TEXT_ONLY,
@@ -32,6 +32,7 @@ from tests.data.chat.files import (
     user,
     write_media,
 )
+from tests.harness.corpus_files import ids_of
 
 
 def test_tokens_and_labels_are_those_of_the_rendered_text(tmp_path: Path) -> None:
@@ -51,7 +52,7 @@ def test_tokens_and_labels_are_those_of_the_rendered_text(tmp_path: Path) -> Non
         assert TOKENIZER.decode(labels[labels != IGNORE].tolist(), skip_special_tokens=False) == learned[i]
         assert corpus.shard.document(i).supervised == runs(wanted[i].supervised)
     thinking = make(tmp_path, lines, thinking=True)
-    assert "<|think|>" in TOKENIZER.decode(thinking.shard.document(0).ids.tolist(), skip_special_tokens=False)
+    assert "<|think|>" in TOKENIZER.decode(ids_of(thinking.shard.document(0)), skip_special_tokens=False)
 
 
 def test_long_ones_are_cut_and_those_without_a_label_left_out(tmp_path: Path) -> None:
@@ -73,7 +74,7 @@ def test_long_ones_are_cut_and_those_without_a_label_left_out(tmp_path: Path) ->
     items = [media_processor(E4B).image(files / "cat.png")] * 2
     whole = encode(render(long["messages"]), TOKENIZER, items)
     cut = corpus.shard.document(0)
-    assert cut.ids.tolist() == truncate(whole, 110).ids and len(whole.ids) > 110 > len(cut.ids)
+    assert ids_of(cut) == truncate(whole, 110).ids and len(whole.ids) > 110 > len(cut.ids)
     assert cut.media == [MediaFile("image", str(files / "cat.png"), *whole.media[0], items[0].num_tokens, 1)]
     assert corpus.shard.lengths.max() == 110
     dataset = PackedDataset(corpus, 110, 0, E4B)
@@ -96,7 +97,12 @@ def test_something_must_remain(tmp_path: Path) -> None:
 def test_conversations_are_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = make(tmp_path, [chat(user(), model())])
     calls: list[object] = []
-    monkeypatch.setattr(data.chat.documents, "encode", lambda *given: calls.append(given) or encode(*given))
+
+    def counted(*given: Any) -> Any:
+        calls.append(given)
+        return encode(*given)
+
+    monkeypatch.setattr(data.chat.documents, "encode", counted)
     assert prepared(tmp_path, TEXT_ONLY).folder == first.folder and not calls
     train_tokenizer(["another " * 20], 400).save(str(tmp_path / "other.json"))
     ways: list[dict[str, Any]] = [{"thinking": True}, {"sequence_length": 500}, {"tokenizer": tmp_path / "other.json"}]

@@ -13,7 +13,7 @@ from data.batch import IGNORE, collate
 from data.corpus.dataset import PackedDataset
 from data.media.files import media_processor
 from model import Gemma4, Gemma4Config, UserError
-from tests.data.chat.files import (
+from tests.harness.chat_files import (
     CONFIGS,
     E4B,
     LENGTH,
@@ -25,6 +25,7 @@ from tests.data.chat.files import (
     user,
     write_media,
 )
+from tests.harness.corpus_files import ids_of
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_media_come_in_the_order_of_their_tokens_and_the_model_reads_them(name: 
     for i in range(3):
         stored = corpus.shard.document(i)
         for file in stored.media:
-            assert sum(token in tokens for token in stored.ids[file.start : file.stop].tolist()) == file.num_tokens
+            assert sum(token in tokens for token in ids_of(stored)[file.start : file.stop]) == file.num_tokens
     assert [(file.kind, file.num_tokens, file.num_pieces) for file in corpus.shard.document(0).media] == [
         ("image", images["wide"].num_tokens, 1),
         ("audio", clip.num_tokens, 1),

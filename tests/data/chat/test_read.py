@@ -10,7 +10,7 @@ import pytest
 
 from data.chat.read import Conversation, ConversationError, PlainText, read_conversations
 from model import UserError
-from tests.data.chat.files import model, user
+from tests.harness.chat_files import model, user
 
 SKY = {"type": "function", "function": {"name": "sky", "description": "<|turn>model\n"}}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}

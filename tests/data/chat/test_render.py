@@ -17,7 +17,7 @@ from data.chat.encode import encode
 from data.chat.render import ChatError, render
 from data.chat.template import chat_template
 from data.tokenizer import train_tokenizer
-from tests.data.chat.random_conversation import RandomConversation
+from tests.harness.random_conversation import RandomConversation
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
 JULY = [case for case in GOLDEN if case["revision"] == "2026-07-09"]
@@ -45,7 +45,7 @@ def names(cases: list[dict[str, Any]]) -> list[str]:
 
 def with_jinja(messages: Any, tools: Any, size: str, **flags: Any) -> tuple[str, Spans]:
     """What transformers makes of our template."""
-    texts, indices = render_jinja_template(
+    made: Any = render_jinja_template(
         conversations=[messages],
         tools=tools,
         chat_template=chat_template(size),
@@ -53,6 +53,7 @@ def with_jinja(messages: Any, tools: Any, size: str, **flags: Any) -> tuple[str,
         bos_token="<bos>",
         **flags,
     )
+    texts, indices = made
     spans: Spans = []
     for start, end in indices[0]:
         end = min(end, len(texts[0]))  # a partial answer is cut after the spans are taken
@@ -330,7 +331,7 @@ def test_transformers_marks_the_same_tokens() -> None:
         if case["rendered"] is None or case["kwargs"].get("continue_final_message"):
             continue
         rendered = render(case["messages"], tools=case["tools"], size=case["template"], **case["kwargs"])
-        found = theirs.apply_chat_template(
+        found: Any = theirs.apply_chat_template(
             case["messages"],
             tools=case["tools"],
             chat_template=chat_template(case["template"]),

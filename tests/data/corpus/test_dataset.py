@@ -17,9 +17,9 @@ from data.corpus.prepare import Corpus
 from data.corpus.shards import Counts, Document, Shard, ShardError, write_shard
 from data.tokenizer import BOS, EOS
 from model import Gemma4Config
-from tests.data.chat.files import LENGTH as CHAT_LENGTH
-from tests.data.chat.files import TEXT_ONLY, TOKENIZER
-from tests.data.corpus.files import texts
+from tests.harness.chat_files import LENGTH as CHAT_LENGTH
+from tests.harness.chat_files import TEXT_ONLY, TOKENIZER
+from tests.harness.corpus_files import ids_of, texts
 
 LENGTH = 48
 TINY = Gemma4Config.from_name("gemma4_tiny_e4b")
@@ -111,7 +111,7 @@ def test_every_conversation_is_in_one_row_of_an_epoch(tmp_path: Path) -> None:
         for i, row in enumerate(rows):
             chats = documents(dataset, epoch * count + i)
             pieces = [row.tokens_S[row.document_ids_S == number].tolist() for number in range(len(chats))]
-            assert pieces == [corpus.shard.document(number).ids.tolist() for number in chats]
+            assert pieces == [ids_of(corpus.shard.document(number)) for number in chats]
             found += [300 * piece[0] + piece[1] for piece in pieces]
             real += sum(map(len, pieces))
             assert row.tokens_S.shape == (CHAT_LENGTH,) and int(row.document_ids_S.max()) <= len(chats)

@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from data.corpus.mixture import Mixture, whole_parts
 from data.corpus.open import Settings, Source, open_data
 from model import ConfigError
-from tests.data.chat.files import TEXT_ONLY, TOKENIZER, chat, model, user, write
-from tests.runs import make_corpus
+from tests.harness.chat_files import TEXT_ONLY, TOKENIZER, chat, model, user, write
+from tests.harness.runs import make_corpus
 
 
 class Numbers(Dataset[Any]):

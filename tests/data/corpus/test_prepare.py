@@ -9,7 +9,7 @@ import pytest
 from data.corpus.prepare import made_once
 from data.corpus.shards import Shard, ShardError
 from data.corpus.sources import SourceError
-from tests.data.corpus.files import texts
+from tests.harness.corpus_files import texts
 
 
 def test_a_corpus_is_prepared_once_and_damage_is_found(tmp_path: Path) -> None:
@@ -32,8 +32,11 @@ def test_a_source_without_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_first_of_two_makers_wins(tmp_path: Path) -> None:
+    def make_fast(aside: Path) -> None:
+        (aside / "by").write_text("first")
+
     def make_slowly(aside: Path) -> None:
-        made_once(tmp_path / "made", lambda faster: (faster / "by").write_text("first") and None)
+        made_once(tmp_path / "made", make_fast)
         (aside / "by").write_text("second")
 
     made_once(tmp_path / "made", make_slowly)

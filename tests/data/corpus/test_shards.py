@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data.corpus.shards import Shard, ShardError
-from tests.data.chat.files import chat, make, model, user
+from tests.harness.chat_files import chat, make, model, user
 
 
 def test_damage_to_a_corpus_is_found(tmp_path: Path) -> None:

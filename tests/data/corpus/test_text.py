@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data.tokenizer import BOS, EOS
-from tests.data.corpus.files import texts
+from tests.harness.corpus_files import texts
 
 
 def test_text_cannot_smuggle_in_control_tokens(tmp_path: Path) -> None:

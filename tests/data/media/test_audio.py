@@ -15,8 +15,8 @@ import torch
 from data.media.process import MediaProcessor
 from data.media.read import read_audio, resample
 from model.media import MediaError
-from tests.data.media.reference import mel_reference, waveform_reference
-from tests.report import report
+from tests.harness.media_reference import mel_reference, waveform_reference
+from tests.harness.report import report
 
 RATE = 16_000
 BOUND = 1e-5
@@ -137,6 +137,7 @@ def _write_wav(path: Path, channels: np.ndarray, rate: int) -> None:
 def _encode(path: Path, codec: str, waveform: np.ndarray, rate: int) -> None:
     with av.open(str(path), "w") as out:
         stream = out.add_stream(codec, rate=rate, layout="mono")
+        assert isinstance(stream, av.AudioStream)
         frame = av.AudioFrame.from_ndarray(waveform[None].astype(np.float32), format="fltp", layout="mono")
         frame.sample_rate = rate
         resampler = av.AudioResampler(stream.format, stream.layout, rate, stream.codec_context.frame_size or None)

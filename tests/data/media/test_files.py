@@ -13,7 +13,7 @@ from data.media.process import MediaProcessor
 from data.tokenizer import TokenizerError
 from model import ConfigError, Gemma4Config
 from model.encoders.config import AudioConfig, AudioEmbedderConfig, VisionConfig
-from tests.data.chat.files import CONFIGS, E4B, TEXT_ONLY, TOKENIZER, chat, make, model, user
+from tests.harness.chat_files import CONFIGS, E4B, TEXT_ONLY, TOKENIZER, chat, make, model, user
 
 
 def test_the_processor_has_the_settings_of_the_model() -> None:

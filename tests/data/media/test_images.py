@@ -15,8 +15,8 @@ from data.media.images import BUDGETS, fit
 from data.media.process import MediaProcessor
 from data.media.read import read_image
 from model.media import MediaError
-from tests.data.media.reference import image_reference, merged_reference
-from tests.report import report
+from tests.harness.media_reference import image_reference, merged_reference
+from tests.harness.report import report
 
 SIZES = (
     (640, 480),
@@ -141,7 +141,7 @@ def test_photos_are_turned_upright(tmp_path: Path, orientation: int, turns: Imag
     _picture(300, 200).save(tmp_path / "a.png", exif=exif)
     upright = _picture(300, 200) if turns is None else _picture(300, 200).transpose(turns)
     for source in (tmp_path / "a.png", Image.open(tmp_path / "a.png")):
-        assert np.array_equal(read_image(source), upright)
+        assert np.array_equal(np.asarray(read_image(source)), np.asarray(upright))
 
 
 def test_images_that_cannot_be_used_say_so(tmp_path: Path) -> None:

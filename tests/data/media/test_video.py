@@ -15,8 +15,8 @@ from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 from data.media.process import MediaProcessor, timestamp
 from data.media.read import read_video, sample_indices
 from model.media import MediaError
-from tests.data.media.reference import TOKENS, frames_reference, merged_reference
-from tests.report import report
+from tests.harness.media_reference import TOKENS, frames_reference, merged_reference
+from tests.harness.report import report
 
 PROCESSOR = MediaProcessor()
 
@@ -33,6 +33,7 @@ def _frames(count: int, height: int = 120, width: int = 160) -> np.ndarray:
 def _write(path: Path, frames: np.ndarray, codec: str, fps: int, options: dict[str, str] | None = None) -> None:
     with av.open(str(path), "w") as out:
         stream = out.add_stream(codec, rate=fps, options=options or {})
+        assert isinstance(stream, av.VideoStream)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv420p"
         for picture in frames:

@@ -49,7 +49,8 @@ def require(kept: bool, promise: str) -> None:
 
 def torchrun(folder: Path, steps: int) -> list[dict[str, float]]:
     """Train on four processes of this host, without SLURM; its metrics, one record a step."""
-    command = [BIN / "torchrun", "--nproc", "4", "train/main.py", *CONFIG, f"train.steps={steps}", f"run.dir={folder}"]
+    command = [str(BIN / "torchrun"), "--nproc", "4", "train/main.py", *CONFIG, f"train.steps={steps}"]
+    command.append(f"run.dir={folder}")
     log = folder.with_suffix(".out")
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)

@@ -19,12 +19,12 @@ from model.hf.config import config_to_hf
 from model.hf.hub import load_model, load_tokenizer, resolve
 from model.hf.weights import INDEX, disk_key, our_name
 from model.variants import VARIANT_NAMES
-from tests.model.multimodal import random_whole_config, save_reference, whole_reference
-from tests.model.reference import (
+from tests.harness.multimodal import random_whole_config, save_reference, whole_reference
+from tests.harness.reference import (
     perturbed_reference,
     random_config,
 )
-from tests.report import report
+from tests.harness.report import report
 
 
 @pytest.mark.parametrize("name", VARIANT_NAMES)

@@ -24,9 +24,9 @@ from model.masks import AttentionMask
 from parallel.collectives import gather_tokens
 from parallel.context.plan import ContextParallel, RingMask, WindowMask
 from parallel.world import World
-from tests.compare import hold, relative_error
-from tests.distributed import run_ranks
-from tests.report import report
+from tests.harness.compare import hold, relative_error
+from tests.harness.distributed import all_ranks, run_ranks
+from tests.harness.report import report
 
 B, S, IMAGE = 2, 48, 250
 VARIANTS = ("e2b", "e4b", "12b", "26b_a4b", "31b", "31b with images", "31b with K not V")
@@ -112,7 +112,8 @@ def one_process(variant: str, window: int, skip: bool) -> tuple[Tensor, dict[str
 
 def recompute(model: Gemma4, context: Callable[[], Any]) -> None:
     for layer in model.layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=context)
+        again = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=context)
+        layer.forward = again  # type: ignore[method-assign]
 
 
 RECOMPUTE = {
@@ -127,7 +128,7 @@ RECOMPUTE = {
 def one_rank(variant: str, window: int, skip: bool, mode: str) -> tuple[Tensor, dict[str, Tensor]]:
     config, batch = small(variant, window), Batch.make(window)
     model = make_model(config)
-    plan = ContextParallel(config, dist.group.WORLD)
+    plan = ContextParallel(config, all_ranks())
     plan.apply(model)
     RECOMPUTE[mode](model)
     supervised, factors = plan.part(batch.supervised), plan.part(batch.factors)
@@ -187,7 +188,7 @@ def test_a_plain_mask_is_of_whole_sequences(variant: str) -> None:
         config = small(variant, WINDOWS[0])
         model, tokens = make_model(config), Batch.make(WINDOWS[0]).tokens
         expected = model(tokens)
-        ContextParallel(config, dist.group.WORLD).apply(model)
+        ContextParallel(config, all_ranks()).apply(model)
         return world.rank == 1 or torch.equal(model(tokens), expected)
 
     assert all(run_ranks(2, run))
@@ -203,9 +204,9 @@ def test_queries_see_what_they_see_in_the_whole_and_only_that_crosses(ranks: int
     """Keys here are places of the batch, so what comes through an exchange tells where it is from."""
 
     def run(world: World) -> list[dict[str, object]]:
-        group, places = dist.group.WORLD, torch.arange(B * S)
+        group, places = all_ranks(), torch.arange(B * S)
         assert group is not None
-        crossed = []
+        crossed: list[dict[str, object]] = []
         for variant in ("31b with images", "e4b"):
             for window in (*WINDOWS, 1, 100):
                 for documents in (Batch.make(4).documents, torch.zeros(B, S)):
@@ -296,7 +297,8 @@ def test_the_partial_kernel_gives_output_and_log_sum_exp_with_gradients(monkeypa
     sees = mask.first_key_T <= mask.last_key_T
     # A merge gives a query without keys no weight, and so its outputs no gradient.
     grads = [t * sees.view(-1, *(1,) * (t.dim() - 1)) for t in (torch.randn(T, 6, width), torch.randn(T, 6))]
-    expected = dense_partial(*inputs, mask)
+    q, k, v = inputs
+    expected = dense_partial(q, k, v, mask)
     expected_grads = torch.autograd.grad(expected, inputs, grads)
     kernels: list[Callable[..., tuple[Tensor, Tensor]]] = [
         blocked_partial,

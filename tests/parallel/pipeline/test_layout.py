@@ -7,14 +7,14 @@ from itertools import combinations
 import pytest
 
 from model import ConfigError, Gemma4Config
-from parallel.pipeline.layout import check_pipeline, cut_layers, layer_costs
+from parallel.pipeline.layout import check_pipeline, cut_layers, token_costs
 
 
 @pytest.mark.parametrize("name", ["tiny_e2b", "tiny_26b_a4b", "e4b"])
 @pytest.mark.parametrize("stages", [2, 3, 4])
 def test_the_dearest_stage_is_as_cheap_as_can_be(name: str, stages: int) -> None:
     config = Gemma4Config.from_name(name)
-    costs = layer_costs(config, 4096)
+    costs = token_costs(config, 4096)
     costs[-1] += config.hidden_size * config.vocab_size
     spans = cut_layers(config, 4096, stages)
     assert [i for span in spans for i in span] == list(range(config.num_hidden_layers))

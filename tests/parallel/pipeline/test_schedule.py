@@ -21,9 +21,10 @@ from parallel.mesh import build_mesh
 from parallel.pipeline.layout import SCHEDULES
 from parallel.pipeline.stage import Gemma4Stage, carried_types, shapes_at
 from parallel.world import World
-from tests.compare import hold, relative_error
-from tests.distributed import run_ranks
-from tests.meshes import (
+from tests.harness.compare import hold, relative_error
+from tests.harness.distributed import run_ranks
+from tests.harness.media_batches import ROWS, batches, config_of
+from tests.harness.meshes import (
     CPU,
     GRADIENTS_WITHIN,
     VARIANTS,
@@ -39,8 +40,7 @@ from tests.meshes import (
     whole_batch,
     worst_of,
 )
-from tests.parallel.test_media_mesh import ROWS, batches, config_of
-from tests.report import report
+from tests.harness.report import report
 from train.config import OptimizerConfig
 from train.engine import Engine
 from train.objective import CrossEntropy, cross_entropy
@@ -132,13 +132,14 @@ def scheduled(variant: str, layout: Layout, name: str, micro_batches: int = 4, *
 
 
 PP2, PP4, PP2_DP2, PP2_HSDP = Layout(pp=2), Layout(pp=4), Layout(pp=2, dp_shard=2), Layout(pp=2, dp_replicate=2)
-FULL = {"activation_checkpoint.mode": "full"}
+FULL: dict[str, Any] = {"activation_checkpoint.mode": "full"}
+SELECTIVE: dict[str, Any] = {"activation_checkpoint.mode": "selective"}
 SCHEDULED: dict[int, list[Case]] = {
     2: [
         scheduled("e4b", PP2, "1f1b", micro_batches=5, **FULL),
         scheduled("26b_a4b", PP2, "interleaved", **FULL),
         scheduled("e2b", PP2, "zero_bubble", micro_batches=2),
-        scheduled("12b", PP2, "zero_bubble", **{"activation_checkpoint.mode": "selective"}),
+        scheduled("12b", PP2, "zero_bubble", **SELECTIVE),
     ],
     4: [
         scheduled("e2b", PP4, "1f1b"),  # a border on each side of the last layer whose keys are read
@@ -190,7 +191,7 @@ def test_no_schedule_changes_what_bfloat16_gives(micro_batches: int, slow_import
         found = []
         for case in cases:
             mesh, wanted = build_mesh(CPU, PP2), plans(dict(case.options))
-            about = {"sequence_length": case.length, "compute_dtype": torch.bfloat16}
+            about: dict[str, Any] = {"sequence_length": case.length, "compute_dtype": torch.bfloat16}
             parallel = build_parallel_model(case.config, mesh, CPU, initial_values(case.seed), wanted, **about)
             step(parallel, case, world)
             found.append(gradient_errors(parallel.model, expected))
@@ -249,7 +250,7 @@ def test_media_of_some_micro_batches_enter_at_the_first_stage(
 
     def run(world: World) -> tuple[dict[str, float], set[str]]:
         mesh, fill = build_mesh(CPU, PP2), random_fill(3, 0.1, 0)
-        about = {"sequence_length": 48, "compute_dtype": torch.float64}
+        about: dict[str, Any] = {"sequence_length": 48, "compute_dtype": torch.float64}
         parallel = build_parallel_model(config, mesh, CPU, fill, plans(options), **about)
         Engine(parallel, CrossEntropy(), CPU).forward_backward(data, supervised)
         return gradient_errors(parallel.model, expected), {key for key, _ in parallel.model.named_parameters()}

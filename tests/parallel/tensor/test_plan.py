@@ -11,7 +11,7 @@ from torch import nn
 from model import Gemma4, Gemma4Config
 from model.linear import Linear
 from parallel.tensor.plan import LAYER, Split, split_of
-from tests.meshes import VARIANTS
+from tests.harness.meshes import VARIANTS
 
 
 def with_parameters(variant: str) -> set[str]:

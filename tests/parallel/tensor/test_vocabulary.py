@@ -21,9 +21,9 @@ from model.head import Head, linear_cross_entropy, softcapped_logits
 from parallel.tensor.tokens import TensorParallel, tokens_on_every_rank
 from parallel.tensor.vocabulary import VocabParallelEmbedding, VocabParallelHead
 from parallel.world import World
-from tests.compare import hold, relative_error
-from tests.distributed import run_ranks
-from tests.report import report
+from tests.harness.compare import hold, relative_error
+from tests.harness.distributed import run_ranks
+from tests.harness.report import report
 
 CAP = 10.0
 SIZES = [(2, 24), (4, 37), (8, 9)]  # even; the last rank fewer; ranks with one row and with none
@@ -40,7 +40,7 @@ def plan_of(ranks: int) -> TensorParallel:
 def split(whole_VD: Tensor, plan: TensorParallel, padding_idx: int = 0) -> VocabParallelEmbedding:
     """The table on this rank."""
     with torch.device("meta"):
-        plain = nn.Embedding(*whole_VD.shape, padding_idx=padding_idx)
+        plain = nn.Embedding(whole_VD.shape[0], whole_VD.shape[1], padding_idx=padding_idx)
     table = VocabParallelEmbedding(plain, plan).to_empty(device="cpu").to(whole_VD.dtype)
     local = local_of(table.weight)
     with torch.no_grad():
@@ -180,6 +180,7 @@ def test_loss_and_gradients_are_those_of_one_process(ranks: int, rows: int) -> N
         hidden.requires_grad_(), weight.requires_grad_()
         expected = linear_cross_entropy(hidden, weight, labels, softcap=CAP, z_loss=case.z_loss)
         (expected.total / 7).backward()
+        assert hidden.grad is not None
         tight = case.dtype == torch.float32
         for loss in found:
             torch.testing.assert_close(loss.values, list(expected), rtol=1e-5 if tight else 1e-2, atol=1e-5)

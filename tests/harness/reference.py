@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from model import Gemma4, Gemma4Config
-from tests.compare import in_double
+from tests.harness.compare import in_double
 
 FAMILIES = ("e2b", "e4b", "12b", "26b_a4b", "31b")
 
@@ -30,7 +30,7 @@ def random_config(family: str, seed: int) -> Gemma4Config:
         "26b_a4b": (4, (2,)),
         "31b": (4, (1, 2)),
     }[family]
-    fields = {
+    fields: dict[str, Any] = {
         "vocab_size": draw.choice((160, 257)),
         "vocab_size_per_layer_input": 257,
         "hidden_size": draw.choice((48, 64)),

@@ -17,7 +17,7 @@ from model import Gemma4, Gemma4Config
 from model.encoders.config import AudioConfig, AudioEmbedderConfig, VisionConfig, VisionEmbedderConfig
 from model.hf.weights import our_name
 from model.media import Media
-from tests.model.reference import (
+from tests.harness.reference import (
     random_config,
     vector_scale,
 )
@@ -205,8 +205,8 @@ def make_example(config: Gemma4Config, rows: list[list[Any]], seed: int) -> Exam
     is_text = tokens < text_ids
     labels[~is_text] = -100
     types = torch.zeros_like(tokens)
-    for kind, token in ((1, config.image_token_id), (2, config.video_token_id), (3, config.audio_token_id)):
-        types[tokens == token] = kind
+    for number, token in ((1, config.image_token_id), (2, config.video_token_id), (3, config.audio_token_id)):
+        types[tokens == token] = number
     reference: dict[str, Tensor] = {"mm_token_type_ids": types}
     for kind, values, positions in (
         ("image", "pixel_values", "image_position_ids"),

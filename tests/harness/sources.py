@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PRODUCT = ("model", "parallel", "data", "train", "launch", "configs")
 LIBRARIES = ("torch", "torchao", "torchdata", "torchtitan")
 

@@ -40,7 +40,7 @@ TOKENS: Any = SimpleNamespace(
 def reference_function(file: str, name: str) -> Callable[..., Any]:
     """Function `name` of a module that cannot be imported here."""
     tree = ast.parse((MODELS / file).read_text())
-    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    found: list[ast.stmt] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
     space: dict[str, Any] = {"torch": torch, "math": math}
     exec(compile(ast.Module(found, []), file, "exec"), space)
     return space[name]
@@ -48,7 +48,7 @@ def reference_function(file: str, name: str) -> Callable[..., Any]:
 
 def image_reference(image: Image.Image | np.ndarray, budget: int) -> tuple[Tensor, Tensor, str]:
     """Values [T, 768], positions [T, 2] and text of an image."""
-    out = Gemma4ImageProcessorPil(max_soft_tokens=budget)(image, return_tensors="pt")
+    out: Any = Gemma4ImageProcessorPil(max_soft_tokens=budget)(image, return_tensors="pt")
     real = out["image_position_ids"][0, :, 0] >= 0
     text = Gemma4Processor.replace_image_token(TOKENS, out, 0)
     return out["pixel_values"][0][real], out["image_position_ids"][0][real], text
@@ -71,7 +71,7 @@ def frames_reference(frames: np.ndarray, columns: int, rows: int) -> Tensor:
 
 def mel_reference(waveform: np.ndarray) -> tuple[Tensor, str]:
     """Valid frames [T, 128] and text of a 16 kHz waveform."""
-    out = Gemma4AudioFeatureExtractor()([waveform])  # a bare array would be taken for its transpose
+    out: Any = Gemma4AudioFeatureExtractor()([waveform])  # a bare array would be taken for its transpose
     mask = np.asarray(out["input_features_mask"][0])
     text = Gemma4Processor.replace_audio_token(TOKENS, out, 0)
     return torch.from_numpy(np.asarray(out["input_features"][0])[mask]), text
@@ -79,6 +79,6 @@ def mel_reference(waveform: np.ndarray) -> tuple[Tensor, str]:
 
 def waveform_reference(waveform: np.ndarray) -> tuple[Tensor, str]:
     """Frames [T, 640] and text of a 16 kHz waveform for the 12B, cut at 750 tokens."""
-    out = Gemma4UnifiedAudioFeatureExtractor()([waveform], max_length=750, return_tensors="pt")
+    out: Any = Gemma4UnifiedAudioFeatureExtractor()([waveform], max_length=750, return_tensors="pt")
     text = Gemma4UnifiedProcessor.replace_audio_token(TOKENS, out, 0)
     return out["input_features"][0][out["input_features_mask"][0]], text

@@ -62,8 +62,8 @@ def prepared(folder: Path, config: Gemma4Config, source: Path | None = None, **m
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.exists():
         TOKENIZER.save(str(tokenizer))
-    format = ChatFormat(**{"tokenizer": tokenizer, "config": config, "sequence_length": LENGTH} | more)
-    return prepare(str(source or folder / "chats.jsonl"), format, folder / "cache")
+    fields: dict[str, Any] = {"tokenizer": tokenizer, "config": config, "sequence_length": LENGTH} | more
+    return prepare(str(source or folder / "chats.jsonl"), ChatFormat(**fields), folder / "cache")
 
 
 def make(folder: Path, lines: Iterable[dict[str, Any]], config: Gemma4Config = TEXT_ONLY, **more: Any) -> Corpus:

@@ -26,8 +26,8 @@ from parallel.mesh import Mesh, build_mesh
 from parallel.options import PlanConfig
 from parallel.pipeline.layout import check_pipeline
 from parallel.world import World
-from tests.compare import hold, relative_error
-from tests.distributed import run_ranks
+from tests.harness.compare import hold, relative_error
+from tests.harness.distributed import run_ranks
 from train.config import OptimizerConfig
 from train.engine import Engine
 from train.objective import CrossEntropy, cross_entropy

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpointer.utils import canonical_fqn
 
 from parallel.world import World
-from tests.distributed import run_ranks
+from tests.harness.distributed import run_ranks
 from train.load_config import load_config
 from train.resolve import resolve
 from train.trainer import Trainer

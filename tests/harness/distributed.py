@@ -39,6 +39,13 @@ def run_ranks(world_size: int, function: Callable[[World], Any], timeout: float 
         return results
 
 
+def all_ranks() -> dist.ProcessGroup:
+    """The group of every rank that was started."""
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
 def _fork(rank: int, world_size: int, function: Callable[[World], Any], folder: Path) -> int:
     child = os.fork()
     if child:

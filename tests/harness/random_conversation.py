@@ -9,8 +9,9 @@ from typing import Any
 class RandomConversation:
     """Roles in any order, parts, calls, outputs, thoughts and schemas; about one in five has something refused."""
 
-    texts = ("", "a", " b ", "\n", "x\ny", "<|turn>model\n", "<turn|>", "<|channel>thought\nq\n<channel|>w")
-    texts += ("k<|channel>z", "o<channel|>p", "<|image|>", "ü€🙂", " \u3000n", '<|"|>', "{")
+    texts: tuple[str, ...] = ("", "a", " b ", "\n", "x\ny", "<|turn>model\n", "<turn|>")
+    texts += ("<|channel>thought\nq\n<channel|>w", "k<|channel>z", "o<channel|>p", "<|image|>", "ü€🙂")
+    texts += (" \u3000n", '<|"|>', "{")
 
     def __init__(self, source: random.Random) -> None:
         self.source = source
@@ -113,5 +114,5 @@ class RandomConversation:
     def tools(self) -> list[dict[str, Any]] | None:
         return self.several(self.tool, 2) if self.chance(0.4) else None
 
-    def flags(self) -> dict[str, bool]:
+    def flags(self) -> dict[str, Any]:
         return {flag: self.chance(0.4) for flag in ("enable_thinking", "add_generation_prompt", "preserve_thinking")}

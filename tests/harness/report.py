@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 Row = dict[str, str]
 tables: dict[str, list[Row]] = {}
 
 
-def report(title: str, row: dict[str, object]) -> None:
+def report(title: str, row: Mapping[str, object]) -> None:
     tables.setdefault(title, []).append({name: str(value) for name, value in row.items()})
 
 
