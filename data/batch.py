@@ -77,4 +77,6 @@ def collate(rows: Sequence[Row], config: Gemma4Config) -> Batch:
     images = [image for row in rows for image in row.images]
     clips = [clip for row in rows for clip in row.clips]
     media = Media.build(config, tokens, images, clips) if images or clips else None
-    return Batch.make(config, tokens, labels, positions, documents, media)
+    batch = Batch.make(config, tokens, labels, positions, documents, media)
+    batch.inputs.prepared()  # here, as this may be a worker of the loader
+    return batch

@@ -56,8 +56,16 @@ class Inputs:
     batch_size: int
     length: int
 
+    def prepared(self) -> Inputs:
+        """The same inputs, with all made that attention needs to know on the host."""
+        media = self.media.vision if self.media is not None else None
+        kept = self.kept.masks.values() if self.kept is not None else ()
+        for mask in (*self.masks.values(), *kept, *([media.mask] if media is not None else [])):
+            mask.prepared()
+        return self
+
     def to(self, device: torch.device) -> Inputs:
-        """The inputs on a device, with all that attention needs to know on the host."""
+        """The inputs on a device, prepared."""
         return replace(
             self,
             tokens_T=self.tokens_T.to(device, non_blocking=True),

@@ -3,7 +3,7 @@
 Causal, sliding-window and packed-document masks are all intervals [first_key, last_key] of the
 query's own sequence, so one pair of integers per position stands behind every attention kernel:
 `blocks` for the CPU kernel, `mask_mod` for flex attention, `dense` for tests. What a kernel needs to know on
-the host is made of them by `to`, so that no layer waits for a device.
+the host is made by `prepared`, where the batch is, so that no layer waits for a device.
 Which keys Gemma 4 shows a query is in docs/gemma4.md 3.4 and 3.5. Q counts the queries of a sequence, padded to
 one number.
 """
@@ -66,17 +66,19 @@ class AttentionMask:
         """The mask of a subset of the queries, given as sorted indices."""
         return self._with_queries(lambda t: t[queries])
 
+    def prepared(self) -> Self:
+        """The same mask, with all made that kernels need to know on the host."""
+        _ = self.blocks, self.padding
+        return self
+
     def to(self, device: torch.device) -> Self:
-        """The mask on a device, with what its kernel reads there already made, from values that are still here."""
-        moved = self._on(device)
+        """The mask on a device, prepared by the values that are still here."""
+        moved, padding = self._on(device), self.padding
+        made = vars(moved)  # where `cached_property` keeps what it has made
+        made["blocks"] = self.blocks
+        made["padding"] = padding and Padding(*(t.to(device, non_blocking=True) for t in padding))
         if device.type == "cuda":
-            padding = self.padding
-            if padding is not None:
-                padding = Padding(*(t.to(device, non_blocking=True) for t in padding))
-            vars(moved)["padding"] = padding  # where `cached_property` keeps it
             _ = moved.block_mask
-        elif device.type == "cpu":
-            _ = moved.blocks
         return moved
 
     def _on(self, device: torch.device) -> Self:
