@@ -135,10 +135,10 @@ def test_variants_prints_all_of_them() -> None:
     [
         (["variants", "32b"], "nearest: gemma4_"),
         (["variants", "nams=e4b"], "nams is no argument; nearest: names (all: names)."),
-        (["benchmark", "attentoin"], "what=attentoin does not exist; nearest: attention (all: "),
-        (["benchmark", "attention", "rouns=3"], "rouns is no argument; nearest: rounds (all: what, rounds)."),
-        (["benchmark", "rounds=3"], "what=... is missing; --help shows an example."),
-        (["benchmark", "loss", "rounds=few"], "rounds=few has the wrong type; rounds is a whole number."),
+        (["benchmarks.compare", "attentoin"], "what=attentoin does not exist; nearest: attention (all: "),
+        (["benchmarks.compare", "attention", "rouns=3"], "rouns is no argument; nearest: rounds (all: what, rounds)."),
+        (["benchmarks.compare", "rounds=3"], "what=... is missing; --help shows an example."),
+        (["benchmarks.compare", "loss", "rounds=few"], "rounds=few has the wrong type; rounds is a whole number."),
     ],
     ids=" ".join,
 )
