@@ -11,18 +11,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor
 
+from data.batch import Batch
+from model.head import Head
 from parallel.world import World
 from tests.harness.compare import hold
 from tests.harness.distributed import run_ranks
 from tests.harness.report import report
 from tests.harness.runs import losses, overrides, records, train_on
 from train.load_config import load_config
-from train.objective import Objective
+from train.objective import CrossEntropy, Loss
 from train.resolve import resolve
 from train.trainer import Trainer
 
@@ -148,15 +150,16 @@ def test_a_stop_before_a_step_is_done_leaves_the_step_before(tmp_path: Path, acc
 
     def stop_in_step(world: World, at: int) -> int:
         trainer = Trainer(resolve(load_config(arguments), world.size), world, torch.device("cpu"))
-        objective, calls = trainer.engine.objective, []
+        calls: list[int] = []
 
-        def counted(*args: Any) -> Any:
-            calls.append(1)
-            if len(calls) == at:
-                trainer.stop.signal_name = "SIGTERM"
-            return objective(*args)
+        class Counted(CrossEntropy):
+            def __call__(self, hidden_TD: Tensor, head: Head, weight_VD: Tensor, batch: Batch) -> Loss:
+                calls.append(1)
+                if len(calls) == at:
+                    trainer.stop.signal_name = "SIGTERM"
+                return super().__call__(hidden_TD, head, weight_VD, batch)
 
-        trainer.engine.objective = cast(Objective, counted)
+        trainer.engine.objective = Counted()
         if at == 0:
             trainer.stop.signal_name = "SIGTERM"
         trainer.train()
