@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 from model.config import Gemma4Config
@@ -18,6 +19,7 @@ class LayerCosts(NamedTuple):
     """For each visible (query, key) pair: its score, and its share of the output."""
 
 
+@cache  # asked for in every micro-batch of a run
 def layer_costs(config: Gemma4Config, index: int) -> LayerCosts:
     """Costs of one layer, by the formulas of docs/gemma4.md 3, 5 and 6."""
     D, N, P = config.hidden_size, config.num_attention_heads, config.hidden_size_per_layer_input

@@ -58,9 +58,12 @@ class Inputs:
 
     def prepared(self) -> Inputs:
         """The same inputs, with all made that attention needs to know on the host."""
-        media = self.media.vision if self.media is not None else None
-        kept = self.kept.masks.values() if self.kept is not None else ()
-        for mask in (*self.masks.values(), *kept, *([media.mask] if media is not None else [])):
+        masks = [*self.masks.values()]
+        if self.kept is not None:
+            masks += self.kept.masks.values()
+        if self.media is not None and self.media.vision is not None:
+            masks.append(self.media.vision.mask)
+        for mask in masks:
             mask.prepared()
         return self
 

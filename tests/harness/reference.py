@@ -147,7 +147,7 @@ EXACT = 1e-11
 
 
 def to_bfloat16(reference: Gemma4ForCausalLM) -> Gemma4ForCausalLM:
-    """As `from_pretrained(dtype=bfloat16)` leaves it: rotary frequencies stay float32, which `.bfloat16()` rounds."""
+    """Like `from_pretrained(dtype=bfloat16)`: rotary frequencies stay float32, which `.bfloat16()` rounds."""
     kept = {name: buffer.clone() for name, buffer in reference.named_buffers() if "inv_freq" in name}
     reference.bfloat16()
     for name, buffer in kept.items():

@@ -37,7 +37,7 @@ class Import(NamedTuple):
     line: int
     module: str
     name: str
-    """As in `from module import name`; empty for `import module`."""
+    """The name in `from module import name`; empty for `import module`."""
     at_start: bool
     """When the file itself is imported: neither in a function nor for type checkers alone."""
 

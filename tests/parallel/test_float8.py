@@ -332,7 +332,7 @@ def test_products_take_any_layout_and_number_of_tokens(recipe: str, dtype: torch
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_grouped_product_is_that_of_each_expert(recipe: str) -> None:
-    """As torchao's dense product where scales are alike; also an expert without tokens, and no tokens at all."""
+    """Equal to torchao's dense product where scales are alike; an expert without tokens, and no tokens, too."""
     ends = [5, 5, 21, 32]
     weight_ENK = drawn(4, 96, 64)
     for tokens in (32, 0):

@@ -182,7 +182,7 @@ def test_hidden_states_and_gradients_are_those_of_one_process(ranks: int) -> Non
 
 @pytest.mark.parametrize("variant", ["e4b", "31b"])
 def test_a_plain_mask_is_of_whole_sequences(variant: str) -> None:
-    """As in generation, where no rank waits for another."""
+    """Generation has such masks, and no rank waits for another there."""
 
     def run(world: World) -> bool:
         config = small(variant, WINDOWS[0])

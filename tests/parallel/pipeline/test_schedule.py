@@ -107,7 +107,7 @@ def test_wherever_a_model_is_cut_it_computes_the_same(variant: str) -> None:
 
 
 def test_only_keys_that_are_read_cross() -> None:
-    """Of four layers the last two read the keys of the first two, one of each type."""
+    """The last two of four layers read the keys of the first two, one of each type."""
     config = Case("e2b").config
     assert [carried_types(config, border) for border in (1, 2, 3)] == [
         ["sliding_attention"],

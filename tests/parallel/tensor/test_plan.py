@@ -39,7 +39,7 @@ def test_a_module_in_no_row_is_refused() -> None:
 
 
 def test_an_adapter_is_split_where_its_layer_is() -> None:
-    """By the outputs in b, by the inputs in a; the other half is whole."""
+    """A split by outputs is in b and one by inputs in a; the other half is whole."""
     halves = {
         layer: (split_of(f"{layer}.adapter.a"), split_of(f"{layer}.adapter.b"))
         for layer in ("mlp.up_proj", "mlp.down_proj", "self_attn.k_proj", "per_layer_input_gate")
