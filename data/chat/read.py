@@ -27,6 +27,8 @@ class PlainText:
     where: str
     """File and line."""
     text: str
+    unused: tuple[str, ...] = ()
+    """Keys of the line that nothing reads."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Conversation:
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     flags: dict[str, Any]
+    unused: tuple[str, ...] = ()
+    """Keys of the line, and of what is in it, that nothing reads."""
 
     def render(self, size: str, **flags: Any) -> Rendered:
         """`flags` win over those of the line. Raises `ConversationError` where `data.chat.render.render` refuses."""
@@ -62,10 +66,11 @@ def read_conversations(files: Iterable[Path]) -> Iterator[Conversation | PlainTe
     """
     for path in files:
         for where, found in read_lines(path):
-            yield _parse(found, where)
+            yield parse_line(found, where)
 
 
-def _parse(found: Any, where: str) -> Conversation | PlainText:
+def parse_line(found: Any, where: str) -> Conversation | PlainText:
+    """What one line of JSON holds; `where` is its file and line. Raises `ConversationError` for neither kind."""
     if isinstance(found, dict) and isinstance(found.get("messages"), list):
         for i, message in enumerate(found["messages"]):
             _check_message(message, f"{where}: messages[{i}]")

@@ -46,6 +46,8 @@ class MediaItem:
     positions: Tensor
     lengths: tuple[int, ...]
     num_tokens: int
+    notes: tuple[str, ...] = ()
+    """What was left out of the file, in a few words without numbers, to be counted over all files."""
 
     @property
     def images(self) -> tuple[tuple[Tensor, Tensor], ...]:
