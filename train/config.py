@@ -41,7 +41,10 @@ class RunConfig:
 class TrainConfig:
     """How many steps of which batch size minimise what, and what is reported meanwhile."""
 
-    steps: int = at_least(100, 1)
+    steps: int | None = at_least(None, 1)
+    """Optimizer steps of the whole run; unset: as many as train.epochs makes, else 100."""
+    epochs: float | None = None
+    """Times that the data is used, as in 3 or 0.5; with train.steps too, whichever comes first ends the run."""
     global_batch_size: int = at_least(16, 1)
     """Sequences in an optimizer step, over all ranks and micro-batches."""
     micro_batch_size: int = at_least(8, 1)
@@ -55,8 +58,8 @@ class TrainConfig:
     log_every: int = at_least(1, 1)
     sample_every: int = at_least(50, 0)
     """Steps between generated samples; 0 for none."""
-    sample_prompts: list[str] = field(default_factory=lambda: ["def ", "import ", "The "])
-    """Texts that generated samples go on from."""
+    sample_prompts: list[str] | None = None
+    """Texts that samples go on from, in a chat what a user says; unset: beginnings of the data's documents."""
     sample_tokens: int = at_least(48, 1)
     """Most tokens of a sample."""
 

@@ -65,14 +65,19 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def duration(seconds: float) -> str:
+    """Hours and minutes, or minutes and seconds."""
+    whole = int(seconds)
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m" if whole >= 3600 else f"{whole // 60}m{whole % 60:02d}s"
+
+
 def step_line(record: dict[str, Any], steps: int) -> str:
     """A record of metrics as one line for the terminal."""
-    eta = int(record["eta_seconds"])
-    eta_text = f"{eta // 3600}h{eta % 3600 // 60:02d}m" if eta >= 3600 else f"{eta // 60}m{eta % 60:02d}s"
     return (
         f"step {record['step']:>{len(str(steps))}}/{steps} | loss {record['loss']:.4f} | "
         f"grad_norm {record['grad_norm']:.3f} | lr {record['lr']:.2e} | "
         f"tokens/s/device {record['tokens_per_second_per_device']:,.0f} | "
         f"TFLOP/s/device {record['model_tflops_per_device']:.3f} | MFU {100 * record['mfu']:.1f} % | "
-        f"peak {record['peak_memory_gib']:.2f} GiB | data {1000 * record['data_seconds']:.1f} ms | eta {eta_text}"
+        f"peak {record['peak_memory_gib']:.2f} GiB | data {1000 * record['data_seconds']:.1f} ms | "
+        f"eta {duration(record['eta_seconds'])}"
     )

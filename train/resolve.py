@@ -13,6 +13,7 @@ from model.hf.weights import WeightsError
 from parallel.layout import AXES, Layout, micro_batch_size, resolve_layout
 from parallel.pipeline.layout import check_pipeline
 from train.config import Config, DataConfig, ModelConfig
+from train.schedule import DEFAULT_STEPS, check_schedule
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,10 @@ def _check_training(config: Config) -> None:
         raise ConfigError(
             f"float8.recipe={config.float8.recipe} rounds what run.dtype=float64 would prove; set float8.recipe=none."
         )
-    tail = (schedule.decay_steps or 0) if schedule.name == "wsd" else 0
-    if (schedule.warmup_steps or 0) + tail > train.steps:
-        raise ConfigError(
-            f"schedule.warmup_steps={schedule.warmup_steps} and decay take more than train.steps={train.steps}; "
-            f"largest legal warm-up: {max(train.steps - tail, 0)}."
-        )
+    if train.epochs is not None and not train.epochs > 0:
+        raise ConfigError(f"train.epochs={train.epochs} trains on nothing; give a number above 0, as 3 or 0.5.")
+    if train.epochs is None:  # else the data says how many steps there are
+        check_schedule(schedule, train.steps or DEFAULT_STEPS)
     if not 0.0 <= schedule.final_lr_ratio <= 1.0:
         raise ConfigError(f"schedule.final_lr_ratio={schedule.final_lr_ratio} lies outside 0 to 1.")
     for name in ("beta1", "beta2"):
@@ -152,7 +151,7 @@ def _check_training(config: Config) -> None:
         raise ConfigError(
             f"train.max_grad_norm={train.max_grad_norm} zeroes every gradient; for no clipping set it to inf."
         )
-    if train.sample_every and not train.sample_prompts:
+    if train.sample_every and train.sample_prompts == []:
         raise ConfigError("train.sample_prompts is empty; give one, or set train.sample_every=0.")
 
 

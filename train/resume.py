@@ -5,15 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
+from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from data.corpus.open import Data
 from model import ConfigError
 from train.checkpoint import Checkpointer, read_state
+from train.config import ScheduleConfig
 from train.resolve import Resolved
+from train.schedule import learning_rate
 
 log = logging.getLogger("gemwright")
+
+_UNTOLD = (
+    "run.dir",
+    "run.resume",
+    "trackers.",
+    "export.",
+    "checkpoint.",
+    "data.cache",
+    "data.workers",
+    "train.log_every",
+)
+"""Keys that change nothing of what a run computes."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +45,13 @@ class Progress:
     model: dict[str, object]
     frozen: list[str] = field(default_factory=list)
     """Modules without optimizer state."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """All keys of the run that saved it."""
+    steps: int = 0
+    """Steps of that whole run."""
 
     @classmethod
-    def fresh(cls, run: Resolved, opened: Data) -> Progress:
+    def fresh(cls, run: Resolved, opened: Data, steps: int) -> Progress:
         """Nothing done yet, and what the numbers will refer to."""
         tokenizer = hashlib.sha256(opened.tokenizer_file.read_bytes()).hexdigest()
         data = {
@@ -40,7 +61,7 @@ class Progress:
             "seed": run.config.run.seed,
         }
         sizes = json.loads(json.dumps(asdict(run.model)))  # as they are read back
-        return cls(0, 0, 0, data, sizes, list(run.frozen))
+        return cls(0, 0, 0, data, sizes, list(run.frozen), asdict(run.config), steps)
 
 
 def find_checkpoint(wanted: str, checkpointer: Checkpointer) -> Path | None:
@@ -70,16 +91,22 @@ def find_checkpoint(wanted: str, checkpointer: Checkpointer) -> Path | None:
     return own
 
 
+def saved_progress(checkpoint: Path) -> Progress:
+    """What a checkpoint says of the run that saved it. Raises `ConfigError` where it does not say enough."""
+    state = read_state(checkpoint)
+    needed = [f.name for f in fields(Progress) if f.default is f.default_factory is MISSING]
+    missing = [name for name in needed if name not in state]
+    if missing:
+        raise ConfigError(f"checkpoint {checkpoint} lacks {missing[0]} in its state.json; give another.")
+    return Progress(**{f.name: state[f.name] for f in fields(Progress) if f.name in state})
+
+
 def progress_from(checkpoint: Path, asked: Progress) -> Progress:
     """Progress of a checkpoint, checked against a fresh `Progress` of this run.
 
     Another model or tokenizer raises `ConfigError`; other data starts its own index at 0.
     """
-    state = read_state(checkpoint)
-    missing = [f.name for f in fields(Progress) if f.name not in state and f.default_factory is MISSING]
-    if missing:
-        raise ConfigError(f"checkpoint {checkpoint} lacks {missing[0]} in its state.json; give another.")
-    saved = Progress(**{f.name: state[f.name] for f in fields(Progress) if f.name in state})
+    saved = saved_progress(checkpoint)
     for key, value in asked.model.items():
         if key in saved.model and saved.model[key] != value:
             raise ConfigError(
@@ -102,6 +129,43 @@ def progress_from(checkpoint: Path, asked: Progress) -> Progress:
         log.warning("the data changed (%s): its index starts at 0", ", ".join(changed))
     sequences_seen = 0 if changed else saved.sequences_seen
     return replace(asked, step=saved.step, tokens_seen=saved.tokens_seen, sequences_seen=sequences_seen)
+
+
+def changes(saved: Progress, asked: Progress) -> list[str]:
+    """What a run that goes on does otherwise than the one that saved, key by key, and what becomes of its rate.
+
+    Empty for a checkpoint that does not tell its config.
+    """
+    before, now = dict(_flat(saved.config)), dict(_flat(asked.config))
+    found = [
+        f"{key} {_told(before[key])} -> {_told(value)}"
+        for key, value in now.items()
+        if key in before and before[key] != value and not key.startswith(_UNTOLD)
+    ]
+    if found and saved.step < asked.steps:
+        old, new = _rate(saved, saved.step), _rate(asked, saved.step)
+        if not math.isclose(old, new, rel_tol=1e-6):
+            found.append(f"the next step's rate is {new:.2e}, by the earlier config {old:.2e}")
+    return found
+
+
+def _rate(progress: Progress, step: int) -> float:
+    config = progress.config
+    known = {f.name for f in fields(ScheduleConfig)}
+    schedule = ScheduleConfig(**{key: value for key, value in config["schedule"].items() if key in known})
+    return learning_rate(schedule, config["optimizer"]["lr"], min(step, progress.steps - 1), progress.steps)
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _told(value: object) -> str:
+    return "unset" if value is None else str(value)
 
 
 def _short(value: object) -> object:

@@ -4,7 +4,28 @@ from __future__ import annotations
 
 import math
 
-from train.config import ScheduleConfig
+from model import ConfigError
+from train.config import ScheduleConfig, TrainConfig
+
+DEFAULT_STEPS = 100
+
+
+def run_length(train: TrainConfig, sequences_per_epoch: int) -> int:
+    """Optimizer steps of a run: `train.steps`, or as many as use the data `train.epochs` times; of both, the fewer."""
+    lengths = [] if train.steps is None else [train.steps]
+    if train.epochs is not None:
+        lengths.append(math.ceil(train.epochs * sequences_per_epoch / train.global_batch_size))
+    return min(lengths, default=DEFAULT_STEPS)
+
+
+def check_schedule(config: ScheduleConfig, steps: int) -> None:
+    """Raises `ConfigError` where warm-up and decay take more steps than the run has."""
+    tail = (config.decay_steps or 0) if config.name == "wsd" else 0
+    if (config.warmup_steps or 0) + tail > steps:
+        raise ConfigError(
+            f"schedule.warmup_steps={config.warmup_steps} and decay take more than the {steps} steps of the run; "
+            f"largest legal warm-up: {max(steps - tail, 0)}."
+        )
 
 
 def learning_rate(config: ScheduleConfig, peak: float, step: int, steps: int) -> float:

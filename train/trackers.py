@@ -57,7 +57,6 @@ class WandbTracker:
                 f"W&B did not start ({str(error).splitlines()[0]}); log in with `wandb login`, "
                 "or set trackers.wandb.mode=offline."
             ) from None
-        # The step is a value of its own: a resumed run may log a step again, which W&B's counter forbids.
         self._run.define_metric("progress/step")
         self._run.define_metric("*", step_metric="progress/step")
         samples = folder / "samples.jsonl"
@@ -84,13 +83,21 @@ class WandbTracker:
     def log(self, metrics: dict[str, Any]) -> None:
         """Send a step's numbers, in groups of charts."""
         named = {f"{_group(name)}/{name}": value for name, value in metrics.items() if name != "step"}
-        self._run.log({"progress/step": metrics["step"], **named})
+        self._send(metrics["step"], named)
 
     def log_samples(self, samples: list[dict[str, Any]]) -> None:
         """Send generated texts as a table that grows over the run."""
         self._rows += [_row(sample) for sample in samples]
         table = self._wandb.Table(columns=["step", "prompt", "text"], data=self._rows)
-        self._run.log({"progress/step": samples[0]["step"], "samples/text": table})
+        self._send(samples[0]["step"], {"samples/text": table})
+
+    def _send(self, step: int, values: dict[str, Any]) -> None:
+        """Under the step's own number, by which the parts of a resumed run sync into one.
+
+        A step that is done again after a resume has the same numbers, and W&B's counter cannot go back to it.
+        """
+        if step >= self._run.step:
+            self._run.log({"progress/step": step, **values}, step=step)
 
     def finish(self) -> None:
         """Wait until all is sent, and close the run."""

@@ -14,17 +14,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.loader import BatchLoader, StepSampler
-from model import Gemma4, UserError
-from model.attention_kernels import kernel_for
+from model import UserError
 from model.hf.weights import Weights
 from model.init import Fill, random_fill
 from model.media import Media
-from model.precision import accumulation_dtype
 from parallel.agree import summed_counts
 from parallel.apply import build_parallel_model
 from parallel.mesh import build_mesh
 from parallel.router_losses import read_balance
 from parallel.world import World, compute_dtype
+from train import screen
 from train.checkpoint import Checkpointer, read_state
 from train.corpus import prepare_data
 from train.engine import Engine
@@ -35,10 +34,10 @@ from train.objective import OBJECTIVES
 from train.optimizer import build_optimizer, set_learning_rate
 from train.plots import write_loss_curve
 from train.resolve import Resolved
-from train.resume import Progress, find_checkpoint, progress_from
+from train.resume import Progress, changes, find_checkpoint, progress_from, saved_progress
 from train.run_folder import RunFolder
-from train.sampling import write_samples
-from train.schedule import learning_rate
+from train.sampling import sample_prompts, write_samples
+from train.schedule import check_schedule, learning_rate, run_length
 from train.stop_request import StopRequest
 from train.trackers import Tracker, build_trackers
 
@@ -64,14 +63,19 @@ class Trainer:
         )
         self.data = prepare_data(run, world, self.stop)
         checkpoint = find_checkpoint(config.run.resume, self.checkpointer)
-        self.progress = Progress.fresh(run, self.data)
+        self.steps = run_length(config.train, self.data.sequences_per_epoch)
+        check_schedule(config.schedule, self.steps)
+        self.progress, changed = Progress.fresh(run, self.data, self.steps), []
         if checkpoint is not None:
             self.progress = progress_from(checkpoint, self.progress)
+            changed = changes(saved_progress(checkpoint), self.progress)
         self.saved_step = self.progress.step if checkpoint is not None else None
+        self._forecast_at = self.progress.step + 2  # the first step is slower
         self.trackers: list[Tracker] = []
         if world.rank == 0 and not self.complete:
             self.folder.describe(config, self.data.tokenizer_file)
             self.trackers = build_trackers(config, self.folder.path, self.progress.step)
+        screen.show(run, world, device, self.dtype, screen.Outlook(self.data, self.progress, checkpoint, changed))
         self.parallel = build_parallel_model(
             self.model_config,
             build_mesh(device, self.layout),
@@ -89,7 +93,8 @@ class Trainer:
         if checkpoint is not None:
             newly_trained = set(read_state(checkpoint).get("frozen", ())) - set(self.run.frozen)
             self.checkpointer.load(checkpoint, self.model, self.optimizer, newly_trained=newly_trained)
-        self._describe(checkpoint)
+        self.prompts = sample_prompts(run, self.data) if config.train.sample_every else []
+        log.info(screen.kernels(run, device, self.dtype, self.parallel.products))
 
     def _initial_values(self, checkpoint: Path | None) -> Fill:
         """Drawn, or the slices of a released checkpoint; a resumed run reads its own checkpoint afterwards."""
@@ -108,25 +113,25 @@ class Trainer:
     @property
     def complete(self) -> bool:
         """Whether all steps were taken."""
-        return self.progress.step >= self.config.train.steps
+        return self.progress.step >= self.steps
 
     def train(self) -> None:
-        """Run to `train.steps`, or to the first stop request; leave a checkpoint either way."""
+        """Run to the last step, or to the first stop request; leave a checkpoint either way."""
         config = self.config
         if self.complete:
             if config.export.at_end:
                 self._export()
             log.info(
-                "done: already at step %d of %d in %s; raise train.steps or choose another run.dir",
+                "done: already at step %d of %d in %s; raise train.steps or train.epochs, or choose another run.dir",
                 self.progress.step,
-                config.train.steps,
+                self.steps,
                 self.folder.path,
             )
             return
-        meter = Meter(self.world.size, config.train.steps, peak_flops(self.device, self.dtype), self.device)
+        meter = Meter(self.world.size, self.steps, peak_flops(self.device, self.dtype), self.device)
         sampler = StepSampler(
             self.progress.sequences_seen,
-            config.train.steps - self.progress.step,
+            self.steps - self.progress.step,
             config.train.global_batch_size,
             self.run.micro_batch_size,
             self.layout.data_rank(self.world.rank),
@@ -136,7 +141,7 @@ class Trainer:
         meter.started = time.perf_counter()
         while not self.complete and self._step(batches, sampler.accumulation, meter):
             paused, step = time.perf_counter(), self.progress.step
-            if config.train.sample_every and (step % config.train.sample_every == 0 or self.complete):
+            if self.prompts and (step % config.train.sample_every == 0 or self.complete):
                 self._sample()
             if config.checkpoint.every and step % config.checkpoint.every == 0:
                 self._save()
@@ -191,7 +196,7 @@ class Trainer:
                 f"gradient norm is {grad_norm} at step {self.progress.step + 1}; the weights were not touched: lower "
                 f"optimizer.lr (now {config.optimizer.lr}) and start again from the checkpoint before."
             )
-        rate = learning_rate(config.schedule, config.optimizer.lr, self.progress.step, config.train.steps)
+        rate = learning_rate(config.schedule, config.optimizer.lr, self.progress.step, self.steps)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -202,7 +207,7 @@ class Trainer:
             sequences_seen=batches.sequences_seen,
         )
         meter.add(tokens, flops, waited)
-        if self.progress.step % config.train.log_every == 0 or self.progress.step in (1, config.train.steps):
+        if self.progress.step % config.train.log_every == 0 or self.progress.step in (1, self.steps):
             self._log(sums, {"grad_norm": grad_norm, "lr": rate, "supervised_tokens": supervised}, meter)
         return True
 
@@ -214,7 +219,10 @@ class Trainer:
         means = {name: value / count for name, value in named.items()}
         load = read_balance(self.parallel.routers, self.model_config) if self.model_config.enable_moe_block else {}
         record = meter.record(self.progress.step, {**means, **values, **load, "tokens_seen": self.progress.tokens_seen})
-        log.info(step_line(record, self.config.train.steps))
+        log.info(step_line(record, self.steps))
+        if self._forecast_at <= self.progress.step < self.steps:
+            self._forecast_at = self.steps
+            log.info(screen.forecast(record, self.steps))
         for tracker in self.trackers:
             tracker.log(record)
 
@@ -223,7 +231,7 @@ class Trainer:
         samples = write_samples(
             self.parallel,
             self.data.tokenizer,
-            config.train.sample_prompts,
+            self.prompts,
             config.train.sample_tokens,
             device=self.device,
             seed=config.run.seed,
@@ -272,52 +280,3 @@ class Trainer:
             log.info("done: step %d, %s tokens, run folder %s", step, tokens, self.folder.path)
         else:
             log.info("stopped as asked at step %d; the same command goes on from there", step)
-
-    def _describe(self, checkpoint: Path | None) -> None:
-        if not log.isEnabledFor(logging.INFO):  # rank 0 speaks
-            return
-        config, model = self.config, self.model_config
-        sliding = sum(kind == "sliding_attention" for kind in model.layer_types)
-        kernel = kernel_for(self.device.type).__name__
-        experts = "one after the other" if self.dtype == torch.float64 else "torch grouped_mm"
-        if self.layout.cp > 1:
-            kernel += ", whole sequence gathered once" if model.num_kv_shared_layers else ", full layers around a ring"
-        with torch.device("meta"):
-            whole = Gemma4(model)
-        parameters = sum(p.numel() for p in whole.parameters())
-        log.info(
-            "%s: %s parameters | %d %s ranks: %s | compute %s, masters %s",
-            config.model.weights or config.model.name,
-            f"{parameters:,}",
-            self.world.size,
-            self.device.type,
-            self.layout,
-            str(self.dtype).removeprefix("torch."),
-            str(accumulation_dtype(self.dtype)).removeprefix("torch."),
-        )
-        for name, part in whole.named_children():
-            if name != "language_model" and next(part.parameters(), None) is not None:
-                log.info("%s: %s", name, "frozen" if name in self.run.frozen else "trained")
-        log.info(
-            "kernels: attention %s (%d sliding layers of window %d, %d full) | experts %s | loss chunked linear "
-            "cross entropy%s | products %s | activation checkpoint %s",
-            kernel,
-            sliding,
-            model.sliding_window,
-            model.num_hidden_layers - sliding,
-            experts if model.enable_moe_block else "none",
-            f", vocabulary over {self.layout.tp} ranks" if self.layout.tp > 1 else "",
-            self.parallel.products,
-            config.activation_checkpoint.mode,
-        )
-        accumulation = config.train.global_batch_size // (self.run.micro_batch_size * self.layout.dp)
-        log.info(
-            "data: %s | %d sequences of %d a step, %d x %d a rank",
-            self.data,
-            config.train.global_batch_size,
-            config.data.sequence_length,
-            accumulation,
-            self.run.micro_batch_size,
-        )
-        if checkpoint is not None:
-            log.info("resumed from %s at step %d", checkpoint, self.progress.step)

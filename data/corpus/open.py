@@ -52,10 +52,25 @@ FORMATS: dict[str, Callable[[Settings], Format]] = {
 class Data:
     """The prepared sources of a run; `dataset[i]` is sequence i of it, whatever the mesh."""
 
+    sources: list[Source]
     datasets: list[PackedDataset]
+    parts: list[int]
+    """Whole parts of the sequences that each source gives."""
     dataset: Dataset[Row]
+    format: Format
+    """How the first source is read."""
     name: str
     """Tells whether another run has the same documents, in the same shares."""
+
+    @property
+    def sequences_per_epoch(self) -> int:
+        """Sequences that all sources have together."""
+        return sum(dataset.sequences_per_epoch for dataset in self.datasets)
+
+    def epochs(self, sequences: int) -> list[float]:
+        """Times that the first `sequences` of the run use each source."""
+        shares = (sequences * part / sum(self.parts) for part in self.parts)
+        return [share / dataset.sequences_per_epoch for share, dataset in zip(shares, self.datasets, strict=True)]
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -67,21 +82,20 @@ class Data:
         """Where the shared tokenizer is kept beside the first prepared source."""
         return self.datasets[0].corpus.folder / "tokenizer.json"
 
-    def __str__(self) -> str:
-        return " + ".join(map(str, self.datasets))
-
 
 def open_data(sources: Sequence[Source], settings: Settings) -> Data:
     """Prepare the sources, unless the cache has them. Raises `UserError` for what cannot be used."""
-    datasets, names = [], []
+    datasets, names, formats = [], [], []
     parts = whole_parts([source.weight for source in sources])
     for source, part in zip(sources, parts, strict=True):
-        corpus = prepare(source.path, FORMATS[source.format](settings), settings.cache)
+        formats.append(FORMATS[source.format](settings))
+        corpus = prepare(source.path, formats[-1], settings.cache)
         settings = replace(settings, tokenizer=settings.tokenizer or corpus.folder)
         datasets.append(PackedDataset(corpus, settings.sequence_length, settings.seed, settings.model))
         names.append(f"{part} x {corpus.folder.name}" if len(parts) > 1 else corpus.folder.name)
     _check_vocabulary(datasets[0].shard.vocab_size, settings.model)
-    return Data(datasets, Mixture(datasets, parts) if len(parts) > 1 else datasets[0], " + ".join(names))
+    mixed = Mixture(datasets, parts) if len(parts) > 1 else datasets[0]
+    return Data(list(sources), datasets, parts, mixed, formats[0], " + ".join(names))
 
 
 def _check_vocabulary(found: int, model: Gemma4Config) -> None:

@@ -1,0 +1,112 @@
+"""The first screen of a run's log: what model computes how, on what data and for how long, and what it goes on from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.corpus.open import Data
+from model import Gemma4
+from model.attention_kernels import kernel_for
+from model.precision import accumulation_dtype
+from parallel.world import World
+from train.metrics import duration
+from train.resolve import Resolved
+from train.resume import Progress
+
+log = logging.getLogger("gemwright")
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a run begins with: its data, how far it is, the checkpoint that it goes on from, and what changed since."""
+
+    data: Data
+    progress: Progress
+    checkpoint: Path | None
+    changed: list[str]
+
+
+def show(run: Resolved, world: World, device: torch.device, dtype: torch.dtype, outlook: Outlook) -> None:
+    """Log the screen, before anything large is built or read; on the rank that speaks."""
+    if not log.isEnabledFor(logging.INFO):
+        return
+    for line in [*_model(run, world, device, dtype), *_data(run, outlook), *_length(run, outlook)]:
+        log.info("%s", line)
+
+
+def forecast(record: dict[str, Any], steps: int) -> str:
+    """When the run will end, by a record of metrics."""
+    seconds = record["eta_seconds"]
+    end = datetime.now() + timedelta(seconds=seconds)
+    left = steps - record["step"]
+    return (
+        f"expected: {left:,} more steps in {duration(seconds)}, until {end:%Y-%m-%d %H:%M}, besides what saving takes"
+    )
+
+
+def _model(run: Resolved, world: World, device: torch.device, dtype: torch.dtype) -> Iterator[str]:
+    with torch.device("meta"):
+        whole = Gemma4(run.model)
+    parameters = sum(p.numel() for p in whole.parameters())
+    compute, masters = (str(kind).removeprefix("torch.") for kind in (dtype, accumulation_dtype(dtype)))
+    yield (
+        f"{run.config.model.weights or run.config.model.name}: {parameters:,} parameters | {world.size} {device.type} "
+        f"ranks: {run.layout} | compute {compute}, masters {masters}"
+    )
+    for name, part in whole.named_children():
+        if name != "language_model" and next(part.parameters(), None) is not None:
+            yield f"{name}: {'frozen' if name in run.frozen else 'trained'}"
+
+
+def kernels(run: Resolved, device: torch.device, dtype: torch.dtype, products: str) -> str:
+    """A line on what computes attention, experts, loss and matrix products; `products` names the last of these."""
+    model, layout = run.model, run.layout
+    sliding = sum(kind == "sliding_attention" for kind in model.layer_types)
+    kernel, experts = kernel_for(device.type).__name__, "none"
+    if layout.cp > 1:
+        kernel += ", whole sequence gathered once" if model.num_kv_shared_layers else ", full layers around a ring"
+    if model.enable_moe_block:
+        experts = "one after the other" if dtype == torch.float64 else "torch grouped_mm"
+    split = f", vocabulary over {layout.tp} ranks" if layout.tp > 1 else ""
+    return (
+        f"kernels: attention {kernel} ({sliding} sliding layers of window {model.sliding_window}, "
+        f"{model.num_hidden_layers - sliding} full) | experts {experts} | loss chunked linear cross entropy{split} | "
+        f"products {products} | activation checkpoint {run.config.activation_checkpoint.mode}"
+    )
+
+
+def _data(run: Resolved, outlook: Outlook) -> Iterator[str]:
+    data, config = outlook.data, run.config
+    epochs = data.epochs(outlook.progress.steps * config.train.global_batch_size)
+    for source, part, dataset, times in zip(data.sources, data.parts, data.datasets, epochs, strict=True):
+        share = f" | {part} of {sum(data.parts)} sequences" if len(data.parts) > 1 else ""
+        yield f"data: {source.path}: {dataset}{share} | {times:.2f} epochs in this run"
+
+
+def _length(run: Resolved, outlook: Outlook) -> Iterator[str]:
+    train, length, steps = run.config.train, run.config.data.sequence_length, outlook.progress.steps
+    accumulation = train.global_batch_size // (run.micro_batch_size * run.layout.dp)
+    why = ""
+    if train.epochs is not None and train.steps is not None:
+        first, other = ("steps", "epochs") if steps == train.steps else ("epochs", "steps")
+        why = f" | train.{first} ends it before train.{other}={getattr(train, other):g} would"
+    yield (
+        f"run: {steps:,} steps of {train.global_batch_size} sequences of {length}, {accumulation} x "
+        f"{run.micro_batch_size} a rank | {steps * train.global_batch_size * length:,} tokens in all{why} | "
+        f"run folder {run.config.run.dir}"
+    )
+    if outlook.checkpoint is not None:
+        yield f"resumed from {outlook.checkpoint} at step {outlook.progress.step}"
+        if outlook.changed:
+            yield f"changed since then: {'; '.join(outlook.changed)}"
+    elif run.weights is None:
+        yield f"starts from drawn weights, run.seed={run.config.run.seed}"
+    else:
+        yield f"starts from the weights in {run.weights}"
