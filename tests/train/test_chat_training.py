@@ -106,7 +106,10 @@ def test_a_killed_run_goes_on_and_its_export_opens(released: Path, conversations
     shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}")
     shutil.rmtree(tmp_path / "run" / "export")
     (tmp_path / "run" / "metrics.jsonl").unlink()
-    train_on(2, arguments(released, conversations, tmp_path, "export.at_end=true"))
+    sampled = [f"train.sample_every={STEPS}", "train.sample_tokens=3"]
+    train_on(2, arguments(released, conversations, tmp_path, "export.at_end=true", *sampled))
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 3 and all(sample["prompt"].endswith("<|turn>model\n") for sample in samples)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")[2:]
     ours, theirs = (load_model(tmp_path / run / "export" / f"step_{STEPS:08d}") for run in ("run", "whole"))
     before = load_model(released).state_dict()

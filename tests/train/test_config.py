@@ -51,7 +51,7 @@ BAD = [
     ("model.lyers=3", "nearest: model.num_hidden_layers."),
     ("optimizr.lr=3", "nearest: optimizer.lr."),
     ("optimizer.lr=abc", "optimizer.lr=abc has the wrong type; optimizer.lr is a number."),
-    ("train.steps=1.5", "train.steps is a whole number."),
+    ("train.steps=1.5", "train.steps is a whole number or none."),
     ("run.deterministic=maybe", "run.deterministic is true or false."),
     ("+variant=31q", "variant=31q does not exist; nearest: 31b (all: "),
     ("+variant=tiny_31", "nearest: tiny_31b"),

@@ -112,11 +112,11 @@ def test_the_screen_tells_data_length_and_changes(tmp_path: Path) -> None:
     assert f"run: 2 steps of 8 sequences of 48, 1 x 8 a rank | 768 tokens in all | run folder {folder}" in first
     assert "starts from drawn weights, run.seed=0" in first
 
-    again = said("train.steps=4", "optimizer.lr=7e-4", "train.epochs=99")
+    again = said("train.steps=5", "optimizer.lr=7e-4", "train.epochs=99")
     checkpoint = folder / "checkpoints" / "step_00000002"
     start = again.index(f"resumed from {checkpoint} at step 2")
     assert "train.steps ends it before train.epochs=99 would" in again[start - 1]
     assert again[start + 1].startswith(
-        "changed since then: train.steps 2 -> 4; train.epochs unset -> 99.0; optimizer.lr 0.0005 -> 0.0007; "
+        "changed since then: train.steps 2 -> 5; train.epochs unset -> 99.0; optimizer.lr 0.0005 -> 0.0007; "
     )
     assert any(re.fullmatch(r"expected: 1 more steps in \d+m\d\ds, .*", line) for line in again)

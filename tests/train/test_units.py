@@ -203,5 +203,7 @@ def test_an_offline_wandb_run_reads_back_and_keeps_its_id(tmp_path: Path) -> Non
     train_on(1, overrides(tmp_path, *options, "train.steps=4"))
     again = read_offline_run(run)
     assert next(r["run"] for r in again if r["type"] == "run")["run_id"] == start["run_id"]
-    steps = [r["history"]["item"]["progress/step"] for r in again if r["type"] == "history"]
-    assert steps == [3, 4, 4]  # two losses and the samples
+    items = [r["history"]["item"] for r in again if r["type"] == "history"]
+    assert [item["progress/step"] for item in items] == [3, 4]
+    assert [item["_step"] for item in items] == [3, 4], "both folders sync into one run, whose steps go on"
+    assert "samples/text" in str(items[-1])
