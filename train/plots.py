@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from train.records import read
 
 
 def write_loss_curve(folder: Path) -> Path | None:
     """Draw `metrics.jsonl` into `loss.png`; None if fewer than two steps were logged."""
-    metrics = folder / "metrics.jsonl"
-    records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    records = read(folder / "metrics.jsonl", ("step", "loss"))
     if len(records) < 2:
         return None
     import matplotlib

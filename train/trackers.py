@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from model import ConfigError
 from train.config import Config, WandbConfig
 from train.files import replace_file
+from train.records import append, cut, read
 
 _GROUPS = {
     "train": ("loss", "grad_norm", "lr", "z", "supervised_tokens"),
@@ -24,16 +24,16 @@ class JsonlTracker:
     def __init__(self, folder: Path, first_step: int) -> None:
         self.metrics, self.samples = folder / "metrics.jsonl", folder / "samples.jsonl"
         for path in (self.metrics, self.samples):
-            _truncate(path, first_step)
+            cut(path, first_step)
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
-        _append(self.metrics, metrics)
+        append(self.metrics, metrics)
 
     def log_samples(self, samples: list[dict[str, Any]]) -> None:
         """Append a line to samples.jsonl for each text."""
         for sample in samples:
-            _append(self.samples, sample)
+            append(self.samples, sample)
 
     def finish(self) -> None:
         """Nothing is left open."""
@@ -59,8 +59,7 @@ class WandbTracker:
             ) from None
         self._run.define_metric("progress/step")
         self._run.define_metric("*", step_metric="progress/step")
-        samples = folder / "samples.jsonl"
-        self._rows = [_row(json.loads(line)) for line in samples.read_text().splitlines()] if samples.exists() else []
+        self._rows = [_row(sample) for sample in read(folder / "samples.jsonl")]
 
     def _start(self, config: Config, options: WandbConfig, folder: Path, run_id: str) -> Any:
         from omegaconf import OmegaConf
@@ -116,26 +115,8 @@ def build_trackers(config: Config, folder: Path, first_step: int) -> list[Tracke
 
 
 def _row(sample: dict[str, Any]) -> list[Any]:
-    return [sample["step"], sample["prompt"], sample["text"]]
+    return [sample["step"], sample.get("prompt"), sample.get("text")]
 
 
 def _group(name: str) -> str:
     return next((group for group, names in _GROUPS.items() if name in names), "speed")
-
-
-def _append(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a") as out:
-        out.write(json.dumps(record) + "\n")
-
-
-def _truncate(path: Path, first_step: int) -> None:
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= first_step:
-                kept.append(line + "\n")
-        except ValueError:  # the last line of a killed run may be half written
-            continue
-    replace_file(path, "".join(kept))

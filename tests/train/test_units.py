@@ -25,7 +25,6 @@ from train.flops import media_flops, training_flops
 from train.metrics import Meter, step_line
 from train.optimizer import build_optimizer
 from train.schedule import learning_rate
-from train.trackers import JsonlTracker
 
 
 @pytest.mark.parametrize(
@@ -157,15 +156,6 @@ def test_the_meter_counts_what_happened_between_log_points() -> None:
     assert step_line(record, 10).startswith(
         "step  4/10 | loss 1.0000 | grad_norm 2.000 | lr 1.00e-03 | tokens/s/device"
     )
-
-
-def test_records_past_the_resumed_step_and_half_lines_are_dropped(tmp_path: Path) -> None:
-    lines = [json.dumps({"step": step, "loss": step * 1.0}) + "\n" for step in range(1, 6)]
-    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 6, "lo')
-    tracker = JsonlTracker(tmp_path, first_step=3)
-    tracker.log({"step": 4, "loss": 9.0})
-    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(r["step"], r["loss"]) for r in found] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 9.0)]
 
 
 def read_offline_run(folder: Path) -> list[dict[str, Any]]:
