@@ -103,7 +103,6 @@ class Trainer:
             if self.world.rank == 0 and checkpoint is not None:
                 Origin.inherit(config.origin, checkpoint)
             return random_fill(config.run.seed, model.initializer_range, model.pad_token_id)
-        log.info("weights from %s", self.run.weights)
         weights = Weights(self.run.weights, model)
         if self.world.rank == 0:
             dtypes = {name: entry.dtype for name, entry in weights.entries.items()}
@@ -238,7 +237,7 @@ class Trainer:
             step=self.progress.step,
         )
         for sample in samples:
-            log.info("sample | %s%s", sample["prompt"], sample["text"].replace("\n", "\\n"))
+            log.info("sample | %s | %s", *(sample[part].replace("\n", "\\n") for part in ("prompt", "text")))
         for tracker in self.trackers:
             tracker.log_samples(samples)
 
