@@ -6,7 +6,7 @@ local file, {"type": "image", "path": "cat.png"}; a relative path starts at the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +16,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data.chat.encode import Encoded, encode, encode_text, truncate
+from data.chat.media import media_paths
 from data.chat.read import Conversation, ConversationError, PlainText, located, read_conversations
-from data.chat.render import MEDIA_KINDS, NEWEST
+from data.chat.render import NEWEST
 from data.chat.template import template_size
 from data.corpus.packing import Whole
 from data.corpus.shards import Counts, Document
@@ -26,8 +27,6 @@ from data.media.files import MediaFile, check_media_tokens, measure, media_proce
 from data.media.process import MediaProcessor
 from data.tokenizer import load_tokenizer
 from model import ConfigError, Gemma4Config
-
-_EXAMPLE = '{"type": "image", "path": "cat.png"}'
 
 
 @dataclass(frozen=True)
@@ -123,48 +122,3 @@ def runs(flags: list[bool]) -> list[list[int]]:
     """Start and stop of each run that is set."""
     edges = np.flatnonzero(np.diff([False, *flags, False]))
     return edges.reshape(-1, 2).tolist()
-
-
-def media_paths(messages: Sequence[Mapping[str, Any]], kinds: Sequence[str], folder: Path) -> list[Path]:
-    """Files of a conversation's media parts in the order in which they are written; `kinds` are those of the text.
-
-    Relative paths start at `folder`. Raises `ConversationError` for a part that names no local file, or that the chat
-    format leaves out.
-    """
-    parts = _media_parts(messages)
-    lost = len(parts) - len(kinds)
-    if lost:
-        raise ConversationError(
-            f"the chat format leaves out {lost} of {len(parts)} media parts (those in a system message, in what a tool "
-            "returned that was not called, or after the text to continue); move each to a user message."
-        )
-    return [folder / _local_path(part) for part in parts]
-
-
-def _media_parts(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """What tools return is written before the content of the message that called them."""
-    returned: list[list[Mapping[str, Any]]] = []
-    own: list[list[Mapping[str, Any]]] = []
-    for message in messages:
-        content = message.get("content")
-        parts = [part for part in content if part["type"] in MEDIA_KINDS] if isinstance(content, list) else []
-        if message["role"] == "tool" and own:
-            returned[-1] += parts
-        else:
-            returned.append([])
-            own.append(parts)
-    return [part for both in zip(returned, own, strict=True) for parts in both for part in parts]
-
-
-def _local_path(part: Mapping[str, Any]) -> Path:
-    for key in ("path", "url", part["type"], MEDIA_KINDS[part["type"]]):
-        named = part.get(key)
-        if isinstance(named, Mapping):
-            named = named.get("path") or named.get("url")
-        if named and isinstance(named, str):
-            break
-    else:
-        raise ConversationError(f"a media part of type {part['type']} names no file; give its path, as {_EXAMPLE}.")
-    if "://" in named or named.startswith("data:"):
-        raise ConversationError(f"{named[:80]} is not a local file; save it and give its path, as {_EXAMPLE}.")
-    return Path(named)

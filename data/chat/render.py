@@ -81,6 +81,8 @@ def render(
 ) -> Rendered:
     """Text and spans of a conversation; `continue_final_message` leaves the last answer open.
 
+    A message of the model with "weight" 0 or "train" false is written, and not learned.
+
     Raises `ChatError` where the released template refuses, or would lose the answer to be continued.
     """
     for name, value, legal in (("size", size, SIZES), ("revision", revision, REVISIONS)):
@@ -164,6 +166,10 @@ class _Step:
         return self.speaker == "model"
 
     @property
+    def learned(self) -> bool:
+        return self.by_model and self.message.get("weight") != 0 and self.message.get("train") is not False
+
+    @property
     def calls(self) -> Sequence[Any]:
         return self.message.get("tool_calls") or ()
 
@@ -208,10 +214,10 @@ def _begin(out: _Writer, step: _Step, previous: str | None, keep_thought: bool) 
     if keep_thought and (out.rules.thoughts == "all" or (out.rules.thoughts == "with_calls" and step.calls)):
         _write_thought(out, step)
     for i, call in enumerate(step.calls):
-        out.write(_call(call, f"{step.where}.tool_calls[{i}]", out.rules), step.by_model)
+        out.write(_call(call, f"{step.where}.tool_calls[{i}]", out.rules), step.learned)
     for i, (text, media) in enumerate(_outputs(step, out.rules.null)):
         # The model ends its calls by asking for the first output; the other tokens are the runtime's.
-        out.write("<|tool_response>", step.by_model and bool(step.calls) and i == 0)
+        out.write("<|tool_response>", step.learned and bool(step.calls) and i == 0)
         out.write(f"{text}<tool_response|>")
         for kind in media:
             out.write_media(kind)
@@ -222,7 +228,7 @@ def _write_thought(out: _Writer, step: _Step) -> None:
     thought = step.message.get("reasoning") or (step.message.get("thinking") if content is None else content)
     if thought:
         _expect(thought, str, f"{step.where}.reasoning", "give a string")
-        out.write(f"<|channel>thought\n{thought}\n<channel|>", step.by_model)
+        out.write(f"<|channel>thought\n{thought}\n<channel|>", step.learned)
 
 
 def _finish(out: _Writer, step: _Step, following: str | None) -> None:
@@ -230,11 +236,11 @@ def _finish(out: _Writer, step: _Step, following: str | None) -> None:
     balanced = out.rules.balanced
     has_content = _write_content(out, step, _parts(step.message.get("content"), step.where))
     if step.calls and not step.answered and not out.rules.tool_turns:
-        out.write("<|tool_response>", step.by_model)
+        out.write("<|tool_response>", step.learned)
     elif balanced and step.by_model and following == "assistant":
         pass
     elif has_content or not step.answered or (balanced and following):
-        out.close_turn(step.by_model)
+        out.close_turn(step.learned)
 
 
 def _leave_open(out: _Writer, step: _Step) -> None:
@@ -247,7 +253,7 @@ def _leave_open(out: _Writer, step: _Step) -> None:
     _write_content(out, step, parts)
     if out.pieces[-1].endswith("\n"):
         raise ChatError(f"{step.where} is empty; begin the answer, or use add_generation_prompt instead.")
-    if _without_thoughts(parts[-1]["text"]) != parts[-1]["text"]:
+    if without_thoughts(parts[-1]["text"]) != parts[-1]["text"]:
         raise ChatError(f"{step.where}.content holds a thought, which is left out; move it to reasoning.")
 
 
@@ -260,7 +266,7 @@ def _write_content(out: _Writer, step: _Step, parts: Sequence[Message]) -> bool:
             out.write_media(kind)
         elif part.get("type") == "text" and step.by_model:
             text = _expect(part.get("text"), str, f"{step.where}.content[{i}].text", "give a string")
-            out.write(_without_thoughts(text).strip(), supervised=True)
+            out.write(without_thoughts(text).strip(), step.learned)
         elif part.get("type") == "text":
             out.write(str(part.get("text", "")).strip())
     return out.length > start
@@ -319,8 +325,8 @@ def _media_kind(part: Message) -> str | None:
     return MEDIA_KINDS.get(str(part.get("type")))
 
 
-def _without_thoughts(text: str) -> str:
-    """Without what stands between channel tokens; an unclosed thought runs to the end."""
+def without_thoughts(text: str) -> str:
+    """A text without what stands between channel tokens; an unclosed thought runs to the end."""
     return "".join(piece.partition("<|channel>")[0] for piece in text.split("<channel|>"))
 
 

@@ -73,6 +73,8 @@ class RandomConversation:
         if self.chance(0.5 if role == "assistant" else 0.05):
             message["tool_calls"] = self.pick(self.several(self.call, 2), self.several(self.call, 2), None)
         if self.chance(0.1):
+            message[self.pick("weight", "train")] = self.pick(0, 1, False, True, None)
+        if self.chance(0.1):
             message["tool_responses"] = self.several(self.response, 2)
         return message
 
