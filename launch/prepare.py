@@ -4,15 +4,19 @@
     python -m launch.prepare source=~/texts tokenizer=tokenizer.json
 
 source is python_stdlib, a file, a folder or a glob. Without a tokenizer, one of vocab_size=8192 pieces is trained.
-cache names another place than ~/.cache/gemwright for the result.
+cache names another place than ~/.cache/gemwright for the result. on_bad=skip leaves out what cannot be read, and
+strict=true refuses keys and files that nothing reads.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.corpus.prepare import prepare
+from data.corpus.prepare import Policy, prepare
+from data.corpus.reading import ON_BAD
 from data.corpus.sources import PYTHON_STDLIB
 from data.corpus.text import TextFormat
 from launch.arguments import run
@@ -26,14 +30,19 @@ class Options:
     tokenizer: str | None = None
     vocab_size: int = 8192
     cache: str | None = None
+    on_bad: str = field(default="refuse", metadata={"choices": ON_BAD})
+    strict: bool = False
 
 
 def prepare_texts(options: Options) -> None:
     """Tokenise texts into the cache, unless they are there, and print the folder and its size."""
     tokenizer = Path(options.tokenizer) if options.tokenizer else None
     cache = Path(options.cache) if options.cache else None
-    corpus = prepare(options.source, TextFormat(tokenizer, options.vocab_size), cache)
-    print(f"{corpus.folder}: {corpus.shard.num_documents} documents, {len(corpus.shard.tokens)} tokens")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    policy = Policy(options.on_bad, options.strict)
+    corpus = prepare(options.source, TextFormat(tokenizer, options.vocab_size), cache, policy)
+    left_out = f" | {corpus.shard.counts}" if str(corpus.shard.counts) else ""
+    print(f"{corpus.folder}: {corpus.shard.num_documents} documents, {len(corpus.shard.tokens)} tokens{left_out}")
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from data.corpus.open import FORMATS
+from data.corpus.reading import ON_BAD
 from model import Gemma4Config
 from model.encoders.config import ENCODERS
 from parallel.options import PlanConfig, at_least, one_of
@@ -91,6 +92,10 @@ class DataConfig:
     tokenizer_vocab_size: int = 8192
     sequence_length: int = at_least(256, 2)
     workers: int = at_least(0, 0)
+    on_bad: str = one_of("refuse", *ON_BAD)
+    """refuse | skip: what becomes of lines and media that cannot be read; skipped ones are counted and named."""
+    strict: bool = False
+    """Whether keys, files and parts of media that nothing reads are an error; else they are named and counted."""
     cache: str | None = None
     """Where prepared corpora are kept; unset is ~/.cache/gemwright."""
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from data.corpus.open import Data, Settings, Source, open_data
+from data.corpus.prepare import Policy
 from model import ConfigError, UserError
 from parallel.agree import from_all
 from parallel.torch_private import default_store
@@ -22,6 +23,12 @@ def prepare_data(run: Resolved, world: World, stop: StopRequest) -> Data:
     data = run.config.data
     sources = [Source(source.path, source.weight, source.format or data.format) for source in data.sources]
     sources = sources or [Source(data.source, 1, data.format)]
+
+    def check_stop() -> None:
+        if stop:
+            raise UserError(f"told to stop by {stop.signal_name} before the data was prepared; nothing was trained.")
+
+    first = world.local_rank == 0
     settings = Settings(
         run.model,
         data.sequence_length,
@@ -30,18 +37,18 @@ def prepare_data(run: Resolved, world: World, stop: StopRequest) -> Data:
         data.tokenizer_vocab_size,
         data.thinking,
         Path(data.cache) if data.cache else None,
+        Policy(data.on_bad, data.strict, check_stop, verify=first),
     )
     store = default_store()
     prepared = f"gemwright/prepared/{world.rank - world.local_rank}"
-    if world.local_rank == 0:
+    if first:
         log.info("preparing %s", ", ".join(source.path for source in sources))
         opened = open_data(sources, settings)
         store.set(prepared, "yes")
     while not store.check([prepared]):  # a barrier would give up on a large corpus, and not hear a signal
-        if stop:
-            raise UserError(f"told to stop by {stop.signal_name} before the data was prepared.")
+        check_stop()
         time.sleep(0.1)
-    if world.local_rank != 0:
+    if not first:
         opened = open_data(sources, settings)
     names = from_all(opened.name)
     if len(set(names)) > 1:

@@ -6,27 +6,33 @@ local file, {"type": "image", "path": "cat.png"}; a relative path starts at the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from data.chat.encode import Encoded, encode, encode_text, truncate
+from data.chat.encode import Encoded, check_text, encode_text, expand, marked, tokenise_all, truncate
 from data.chat.media import media_paths
-from data.chat.read import Conversation, ConversationError, PlainText, located, read_conversations
-from data.chat.render import NEWEST
+from data.chat.read import Conversation, ConversationError, PlainText, located, parse_line
+from data.chat.render import NEWEST, Rendered
 from data.chat.template import template_size
+from data.corpus.counts import add
 from data.corpus.packing import Whole
-from data.corpus.shards import Counts, Document
-from data.corpus.sources import SourceError, source_files
-from data.media.files import MediaFile, check_media_tokens, measure, media_processor
-from data.media.process import MediaProcessor
+from data.corpus.reading import Reading
+from data.corpus.shards import Document
+from data.corpus.sources import SourceFiles, read_lines, source_files
+from data.media.files import MediaFile, check_media_tokens, digest, measure, media_processor
+from data.media.process import MediaItem, MediaProcessor
 from data.tokenizer import load_tokenizer
-from model import ConfigError, Gemma4Config
+from model import ConfigError, Gemma4Config, UserError
+
+_LINES_PER_CALL = 256
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class ChatFormat:
     """Conversations as this model reads them; `thinking` turns thinking on in every line.
 
     A conversation of more than `sequence_length` tokens is cut to whole turns; one with nothing supervised, or only
-    beyond that, is left out. Media files are read one at a time, to learn their sizes.
+    beyond that, is left out. Media files are read to learn their sizes, and kept by name and digest.
     """
 
     tokenizer: Path | None
@@ -42,6 +48,7 @@ class ChatFormat:
     sequence_length: int
     thinking: bool = False
     packing = Whole
+    noun = "conversations"
     fix = "give conversations with an assistant, or raise data.sequence_length"
 
     @cached_property
@@ -54,23 +61,17 @@ class ChatFormat:
         """Flags of the chat template that hold for every conversation."""
         return {"enable_thinking": True} if self.thinking else {}
 
-    def files(self, source: str) -> list[Path]:
+    def files(self, source: str) -> SourceFiles:
         """The .jsonl files that a source names. Raises `SourceError` if there are none."""
-        files = [path for path in source_files(source) if path.suffix == ".jsonl"]
-        if not files:
-            raise SourceError(
-                f"data.source={source} names no conversations; give a file, a folder or a glob of .jsonl."
-            )
-        return files
+        return source_files(source, (".jsonl",))
 
-    def settings(self, files: list[Path]) -> str:
-        """All that the tokens depend on besides the files' contents, as a text for the cache's key."""
+    def settings(self) -> str:
+        """All that the tokens depend on besides the contents of files, as a text for the cache's key."""
         sees = self.config.vision is not None
-        places = [str(path.absolute()) for path in files]  # of a link too, as its media lie beside it
         settings = f"{NEWEST}/{template_size(self.config)}/{self.flags}/{self.sequence_length}/{sees}"
-        return f"{settings}/{self.processor}/{places}"
+        return f"{settings}/{self.processor}"
 
-    def make_tokenizer(self, files: list[Path]) -> Tokenizer:
+    def make_tokenizer(self, reading: Reading) -> Tokenizer:
         """The model's own tokenizer. Raises `ConfigError` without one, since none is trained for conversations."""
         if self.tokenizer is None:
             raise ConfigError(
@@ -82,40 +83,127 @@ class ChatFormat:
         """Raises `UserError` if the tokenizer and the model disagree on the ids of media tokens."""
         check_media_tokens(tokenizer, self.config)
 
-    def documents(self, files: list[Path], tokenizer: Tokenizer, counts: Counts) -> Iterator[Document]:
-        """Conversations as tokens, cut to whole turns where they are too long; `counts` learns what was left out."""
-        for path in files:
-            for item in read_conversations([path]):
-                encoded, media = self._encode(item, tokenizer, path.parent.absolute())
-                if not any(encoded.supervised):
-                    counts.unsupervised += 1
-                    continue
-                try:
-                    fitting = truncate(encoded, self.sequence_length)
-                except ConversationError:
-                    counts.too_long += 1
-                    continue
-                counts.kept += 1
-                counts.cut += len(fitting.ids) < len(encoded.ids)
-                yield Document(fitting.ids, runs(fitting.supervised), media[: len(fitting.media)])
+    def documents(self, tokenizer: Tokenizer, reading: Reading) -> Iterator[Document]:
+        """Conversations as tokens, cut to whole turns where they are too long; `reading` learns what was left out."""
+        measured = _Measured(self.processor, self.config)
+        for root, path in enumerate(reading.files):
+            lines = read_lines(path, reading)
+            while batch := list(islice(lines, _LINES_PER_CALL)):
+                chats = []
+                for where, value in batch:
+                    with reading.forgiving():
+                        chats.append(self._open(parse_line(value, where), path.parent.absolute(), root))
+                measured.fill((file.kind, file.path) for chat in chats for file in chat.files)
+                yield from _fitting(_tokens(chats, measured, tokenizer, reading), self.sequence_length, reading)
+        reading.finish()
 
-    def _encode(
-        self, item: Conversation | PlainText, tokenizer: Tokenizer, folder: Path
-    ) -> tuple[Encoded, list[MediaFile]]:
+    def _open(self, item: Conversation | PlainText, folder: Path, root: int) -> _Chat:
         if isinstance(item, PlainText):
-            with located(item.where):
-                return encode_text(item.text, tokenizer), []
+            return _Chat(item)
         rendered = item.render(template_size(self.config), **self.flags)
         with located(item.where):
             kinds = [kind for kind, _, _ in rendered.media]
-            paths = media_paths(item.messages, kinds, folder)
-            items = [measure(kind, path, self.processor, self.config) for kind, path in zip(kinds, paths, strict=True)]
-            encoded = encode(rendered, tokenizer, items)
-        media = [
-            MediaFile(item.kind, str(path), *span, item.num_tokens, len(item.lengths))
-            for item, path, span in zip(items, paths, encoded.media, strict=True)
+            names = media_paths(item.messages, kinds, Path())
+        files = [_File(kind, folder / name, str(name), root) for kind, name in zip(kinds, names, strict=True)]
+        return _Chat(item, rendered, files)
+
+
+class _File(NamedTuple):
+    """A media part: the file, its path as the line has it, and the number of the file that holds the line."""
+
+    kind: str
+    path: Path
+    name: str
+    root: int
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """A line on its way to tokens; `rendered` is none for a plain text."""
+
+    item: Conversation | PlainText
+    rendered: Rendered | None = None
+    files: Sequence[_File] = ()
+
+
+class _Measured:
+    """Sizes and digests of media files, each file read once, by all processors at once."""
+
+    def __init__(self, processor: MediaProcessor, config: Gemma4Config) -> None:
+        self.processor, self.config = processor, config
+        self._found: dict[tuple[str, Path], tuple[MediaItem, str] | UserError] = {}
+
+    def fill(self, wanted: Iterable[tuple[str, Path]]) -> None:
+        """Read what is wanted and not known yet."""
+        new = [key for key in dict.fromkeys(wanted) if key not in self._found]
+        if len(new) > 1:
+            with ThreadPoolExecutor() as pool:
+                self._found.update(zip(new, pool.map(self._read, new), strict=True))
+        elif new:
+            self._found[new[0]] = self._read(new[0])
+
+    def __call__(self, file: _File) -> tuple[MediaItem, str]:
+        """Size and digest of a file. Raises the `UserError` with which it could not be read."""
+        found = self._found[file.kind, file.path]
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def _read(self, key: tuple[str, Path]) -> tuple[MediaItem, str] | UserError:
+        try:
+            return measure(*key, self.processor, self.config), digest(key[1])
+        except UserError as error:
+            return error
+
+
+def _tokens(
+    chats: Sequence[_Chat], measured: _Measured, tokenizer: Tokenizer, reading: Reading
+) -> Iterator[tuple[_Chat, Encoded, list[tuple[MediaItem, str]]]]:
+    """Tokens and media of each line that has any, in order; the texts of conversations are tokenised together."""
+    ready: list[tuple[_Chat, Rendered | None, list[tuple[MediaItem, str]]]] = []
+    for chat in chats:
+        with reading.forgiving(), located(chat.item.where):
+            media = [measured(file) for file in chat.files]
+            expanded = None if chat.rendered is None else expand(chat.rendered, [item for item, _ in media])
+            if expanded is not None:
+                check_text(expanded.text)
+            ready.append((chat, expanded, media))
+    texts = [expanded.text for _, expanded, _ in ready if expanded is not None]
+    encodings = iter(tokenise_all(texts, tokenizer, control_tokens=True))
+    for chat, expanded, media in ready:
+        encoded = None
+        with reading.forgiving(), located(chat.item.where):
+            if isinstance(chat.item, PlainText):
+                encoded = encode_text(chat.item.text, tokenizer)
+            elif expanded is not None:
+                encoded = marked(expanded, next(encodings), tokenizer)
+        if encoded is not None:
+            yield chat, encoded, media
+
+
+def _fitting(
+    lines: Iterable[tuple[_Chat, Encoded, list[tuple[MediaItem, str]]]], length: int, reading: Reading
+) -> Iterator[Document]:
+    """Documents of at most `length` tokens, of the lines in which something is learned."""
+    counts = reading.counts
+    for chat, encoded, media in lines:
+        add(counts.keys, chat.item.unused)
+        add(counts.media, (note for item, _ in media for note in item.notes))
+        if not any(encoded.supervised):
+            counts.unsupervised += 1
+            continue
+        try:
+            fitting = truncate(encoded, length)
+        except ConversationError:
+            counts.too_long += 1
+            continue
+        counts.kept += 1
+        counts.cut += len(fitting.ids) < len(encoded.ids)
+        files = [
+            MediaFile(item.kind, file.name, *span, item.num_tokens, len(item.lengths), sha256, file.root)
+            for file, span, (item, sha256) in zip(chat.files, encoded.media, media, strict=True)
         ]
-        return encoded, media
+        yield Document(fitting.ids, runs(fitting.supervised), files[: len(fitting.media)])
 
 
 def runs(flags: list[bool]) -> list[list[int]]:

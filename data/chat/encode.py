@@ -77,10 +77,14 @@ def encode(rendered: Rendered, tokenizer: Tokenizer, media: Sequence[Media] = ()
     `media` holds what stands for each media part, in order. Raises `ConversationError` if it does not fit the
     conversation, if a text spells a media token, or if the tokenizer does not know the chat format.
     """
+    expanded = expand(rendered, media)
+    return marked(expanded, tokenise(expanded.text, tokenizer, control_tokens=True), tokenizer)
+
+
+def marked(expanded: Rendered, encoding: Encoding, tokenizer: Tokenizer) -> Encoded:
+    """The tokens of a conversation whose media are written out, with what is learned; raises as `encode` does."""
     if tokenizer.token_to_id("<turn|>") is None:
         raise ConversationError("the tokenizer has no <turn|> token; give the tokenizer of Gemma 4.")
-    expanded = expand(rendered, media)
-    encoding = tokenise(expanded.text, tokenizer, control_tokens=True)
     starts = [start for start, _ in encoding.offsets]
 
     def token_range(start: int, stop: int) -> tuple[int, int]:
@@ -102,15 +106,25 @@ def encode_text(text: str, tokenizer: Tokenizer) -> Encoded:
 
 
 def tokenise(text: str, tokenizer: Tokenizer, control_tokens: bool) -> Encoding:
-    """`control_tokens` tells whether text that spells one becomes one."""
+    """Tokens of a text; `control_tokens` tells whether text that spells one becomes one."""
+    check_text(text)
+    return tokenise_all([text], tokenizer, control_tokens)[0]
+
+
+def check_text(text: str) -> None:
+    """Raises `ConversationError` for text that has no UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ConversationError(f"the text has half a surrogate pair at character {error.start}; remove it.") from None
+
+
+def tokenise_all(texts: list[str], tokenizer: Tokenizer, control_tokens: bool) -> list[Encoding]:
+    """Tokens of checked texts, by all processors at once."""
     before = tokenizer.encode_special_tokens
     tokenizer.encode_special_tokens = not control_tokens
     try:
-        return tokenizer.encode(text, add_special_tokens=False)
+        return tokenizer.encode_batch(texts, add_special_tokens=False)
     finally:
         tokenizer.encode_special_tokens = before
 

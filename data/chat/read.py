@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.chat.render import MEDIA_KINDS, Rendered, render
+from data.corpus.reading import Reading
 from data.corpus.sources import read_lines
 from model.errors import UserError
 
@@ -65,8 +66,10 @@ def read_conversations(files: Iterable[Path]) -> Iterator[Conversation | PlainTe
     would drop without a word.
     """
     for path in files:
-        for where, found in read_lines(path):
+        reading = Reading([path])
+        for where, found in read_lines(path, reading):
             yield parse_line(found, where)
+        reading.finish()
 
 
 def parse_line(found: Any, where: str) -> Conversation | PlainText:

@@ -79,6 +79,6 @@ class PackedDataset(Dataset[Row]):
 
     def __str__(self) -> str:
         shard, counts, padding = self.shard, self.shard.counts, self.packing.padding
-        text = f"{shard.num_documents:,} documents, {len(shard.tokens):,} tokens, {shard.vocab_size} pieces"
-        left_out = f" | {counts}" if counts.cut or counts.too_long or counts.unsupervised else ""
+        text = f"{shard.num_documents:,} {self.corpus.noun}, {len(shard.tokens):,} tokens, {shard.vocab_size} pieces"
+        left_out = f" | {counts}" if str(counts) else ""
         return text + left_out + (f" | packing leaves {padding:.1%} empty" if padding else "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from data.batch import Row
 from data.chat.documents import ChatFormat
 from data.corpus.dataset import PackedDataset
 from data.corpus.mixture import Mixture, whole_parts
-from data.corpus.prepare import Format, prepare
+from data.corpus.prepare import Format, Policy, prepare
 from data.corpus.text import TextFormat
 from model import ConfigError, Gemma4Config
 
@@ -38,6 +38,7 @@ class Settings:
     vocab_size: int = 8192
     thinking: bool = False
     cache: Path | None = None
+    policy: Policy = field(default_factory=Policy)
 
 
 FORMATS: dict[str, Callable[[Settings], Format]] = {
@@ -89,10 +90,10 @@ def open_data(sources: Sequence[Source], settings: Settings) -> Data:
     parts = whole_parts([source.weight for source in sources])
     for source, part in zip(sources, parts, strict=True):
         formats.append(FORMATS[source.format](settings))
-        corpus = prepare(source.path, formats[-1], settings.cache)
+        corpus = prepare(source.path, formats[-1], settings.cache, settings.policy)
         settings = replace(settings, tokenizer=settings.tokenizer or corpus.folder)
         datasets.append(PackedDataset(corpus, settings.sequence_length, settings.seed, settings.model))
-        names.append(f"{part} x {corpus.folder.name}" if len(parts) > 1 else corpus.folder.name)
+        names.append(f"{part} x {corpus.shard.digest}" if len(parts) > 1 else corpus.shard.digest)
     _check_vocabulary(datasets[0].shard.vocab_size, settings.model)
     mixed = Mixture(datasets, parts) if len(parts) > 1 else datasets[0]
     return Data(list(sources), datasets, parts, mixed, formats[0], " + ".join(names))

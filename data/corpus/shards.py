@@ -5,42 +5,29 @@ A document that is not plain text has a line of JSON beside it: what of it the m
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.corpus.counts import Counts
+from data.corpus.digests import Digests
 from data.media.files import MediaFile
 from model.errors import UserError
 
 Ids: TypeAlias = Sequence[int] | NDArray[np.int64]
 
-_META, _TOKENS, _OFFSETS = "meta.json", "tokens.bin", "offsets.npy"
+META, TOKENS, _OFFSETS = "meta.json", "tokens.bin", "offsets.npy"
 _DETAILS, _ENDS = "details.jsonl", "details.npy"
 
 
 class ShardError(UserError):
     """A damaged corpus, or one that cannot be packed as asked."""
-
-
-@dataclass
-class Counts:
-    """What became of the documents of a source."""
-
-    kept: int = 0
-    cut: int = 0
-    """Conversations that were kept, but lost turns at the end."""
-    too_long: int = 0
-    """Left out: nothing supervised in the turns that fit."""
-    unsupervised: int = 0
-    """Left out: nothing supervised at all."""
-
-    def __str__(self) -> str:
-        return f"{self.cut} cut; left out: {self.too_long} too long, {self.unsupervised} with nothing supervised"
 
 
 @dataclass(frozen=True)
@@ -53,25 +40,35 @@ class Document:
     media: list[MediaFile] = field(default_factory=list)
     """In the order of their tokens."""
 
+    goes_on: bool = False
+    """Whether the next one is more of the same text."""
+
     @classmethod
-    def text(cls, ids: Ids) -> Document:
+    def text(cls, ids: Ids, *, goes_on: bool = False) -> Document:
         """Plain text, of which all but the first token is learned."""
-        return cls(ids, [[1, len(ids)]])
+        return cls(ids, [[1, len(ids)]], goes_on=goes_on)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is all learned, but for its first token, and has no media."""
+        return not self.media and [*map(list, self.supervised)] == [[1, len(self.ids)]]
 
 
 def write_shard(folder: Path, documents: Iterable[Document], vocab_size: int, counts: Counts) -> None:
     """Write to an existing folder, ids in two bytes where the vocabulary allows.
 
-    Only one document is held at a time; `counts` is read when all are written.
+    Only one document is held at a time, or a part of one that goes on; `counts` is read when all are written.
     """
-    dtype, offsets, ends = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32), [0], [0]
-    with (folder / _TOKENS).open("wb") as tokens, (folder / _DETAILS).open("wb") as details:
+    dtype, offsets, ends, length = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32), [0], [0], 0
+    with (folder / TOKENS).open("wb") as tokens, (folder / _DETAILS).open("wb") as details:
         for document in documents:
             tokens.write(np.asarray(document.ids, dtype=dtype).tobytes())
-            offsets.append(offsets[-1] + len(document.ids))
+            length += len(document.ids)
+            if document.goes_on:
+                continue
+            offsets.append(length)
             line = {"supervised": document.supervised, "media": [asdict(file) for file in document.media]}
-            is_text = document == Document.text(document.ids)
-            ends.append(ends[-1] + (0 if is_text else details.write(json.dumps(line).encode() + b"\n")))
+            ends.append(ends[-1] + (0 if document.is_text else details.write(json.dumps(line).encode() + b"\n")))
     np.save(folder / _OFFSETS, np.asarray(offsets, dtype=np.int64))
     if ends[-1]:
         np.save(folder / _ENDS, np.asarray(ends, dtype=np.int64))
@@ -79,30 +76,45 @@ def write_shard(folder: Path, documents: Iterable[Document], vocab_size: int, co
         (folder / _DETAILS).unlink()
     meta = {"dtype": dtype.name, "documents": len(offsets) - 1, "tokens": offsets[-1], "vocab_size": vocab_size}
     meta |= {"details": ends[-1], "counts": asdict(counts)}
-    (folder / _META).write_text(json.dumps(meta))
+    meta["sha256"] = {file.name: _sha256(file) for file in sorted(folder.iterdir()) if not file.name.startswith(".")}
+    (folder / META).write_text(json.dumps(meta))
 
 
 class Shard:
-    """Read access to written documents. Raises `ShardError` if files are missing or sizes disagree."""
+    """Read access to written documents. Raises `ShardError` if files are missing, damaged, or not what was written.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    roots: folders in which relative paths of media begin, in the order of the files that named them; digests: of the
+    files' contents, where they are to be compared with what was written.
+    """
+
+    def __init__(self, folder: Path, roots: Sequence[Path] = (), digests: Digests | None = None) -> None:
+        self.folder, self.roots = folder, roots
         try:
-            meta: dict[str, Any] = json.loads((folder / _META).read_text())
+            meta: dict[str, Any] = json.loads((folder / META).read_text())
+            if digests is not None:
+                self._compare(meta["sha256"], digests)
             self.offsets: NDArray[np.int64] = np.load(folder / _OFFSETS)
-            self.tokens = np.memmap(folder / _TOKENS, dtype=meta["dtype"], mode="r")
-            self.vocab_size: int = meta["vocab_size"]
-            self.counts = Counts(**meta.get("counts", {"kept": meta["documents"]}))
+            self.tokens = np.memmap(folder / TOKENS, dtype=meta["dtype"], mode="r")
+            self.vocab_size = int(meta["vocab_size"])
+            self.counts = Counts.read(meta["counts"])
+            self.digest = hashlib.sha256(json.dumps(meta["sha256"], sort_keys=True).encode()).hexdigest()[:20]
             self._ends, self._details = np.zeros_like(self.offsets), np.zeros(0, np.uint8)
-            if meta.get("details"):
+            if meta["details"]:
                 self._ends = np.load(folder / _ENDS)
                 self._details = np.memmap(folder / _DETAILS, dtype=np.uint8, mode="r")
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            same = len(self.tokens) == meta["tokens"] == self.offsets[-1] and len(self.offsets) == meta["documents"] + 1
+            same_details = len(self._ends) == len(self.offsets) and len(self._details) == self._ends[-1]
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise self._damaged(f"cannot be read ({error})") from None
-        if len(self.tokens) != meta["tokens"] or self.offsets[-1] != meta["tokens"]:
-            raise self._damaged(f"has {len(self.tokens)} tokens where its meta.json says {meta['tokens']}")
-        if len(self._ends) != len(self.offsets) or len(self._details) != self._ends[-1]:
+        if not same:
+            raise self._damaged(f"has {len(self.tokens)} tokens where its {META} says {meta['tokens']}")
+        if not same_details:
             raise self._damaged(f"has a {_DETAILS} of another size than was written")
+
+    def _compare(self, written: dict[str, str], digests: Digests) -> None:
+        for name, digest in written.items():
+            if digests.of(self.folder / name) != digest:
+                raise self._damaged(f"is not what was written ({name} has another checksum)")
 
     def _damaged(self, how: str) -> ShardError:
         return ShardError(f"corpus {self.folder} {how}; delete the folder to prepare it again.")
@@ -125,4 +137,12 @@ class Shard:
         if not line:
             return Document(ids, [[1, end - first]])
         details: dict[str, Any] = json.loads(line)
-        return Document(ids, details["supervised"], [MediaFile(**file) for file in details["media"]])
+        return Document(ids, details["supervised"], [self._placed(MediaFile(**file)) for file in details["media"]])
+
+    def _placed(self, file: MediaFile) -> MediaFile:
+        return replace(file, path=str(self.roots[file.root] / file.path)) if self.roots else file
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

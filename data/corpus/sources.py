@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from model.errors import UserError
+from data.corpus.counts import add
+from data.corpus.reading import Reading, SourceError
 
 PYTHON_STDLIB = "python_stdlib"
-_TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+TEXTS = (".txt", ".md", ".rst", ".py", ".jsonl")
+"""Types of file that are read from a folder; each is one text, but .jsonl has one in every line."""
+_MEDIA = frozenset(
+    f".{kind}"
+    for kind in [
+        "png",
+        "jpg",
+        "jpeg",
+        "webp",
+        "gif",
+        "bmp",
+        "wav",
+        "mp3",
+        "flac",
+        "ogg",
+        "m4a",
+        "mp4",
+        "mov",
+        "webm",
+        "mkv",
+        "avi",
+    ]
+)
+_CONVERT = {
+    ".json": "write its objects into a .jsonl, one a line",
+    **dict.fromkeys((".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx"), "write its rows into a .jsonl"),
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"), "unpack it"),
+    **dict.fromkeys((".pdf", ".docx", ".epub", ".html"), "take its text out into a .txt"),
+}
 # Tests are repetitive and often stripped by distributions; `encodings` is tables of hexadecimal.
 _STDLIB_EXCLUDED = {
     "site-packages",
@@ -23,60 +53,173 @@ _STDLIB_EXCLUDED = {
     "encodings",
     "__pycache__",
 }
+_BLOCK = 1 << 20
+"""Characters of a text that are held at once."""
 
 
-class SourceError(UserError):
-    """A source that cannot be read."""
+class SourceFiles(NamedTuple):
+    """Files to read, sorted, and how many others of each kind lie beside them."""
+
+    files: list[Path]
+    passed_over: dict[str, int]
 
 
-def source_files(source: str) -> list[Path]:
-    """Files of a source, sorted: `python_stdlib`, a file, a folder, or a glob pattern.
+def source_files(source: str, types: Sequence[str] = TEXTS) -> SourceFiles:
+    """Files of a source: `python_stdlib`, a file, a folder (in it those of `types`), or a glob pattern.
 
-    Raises `SourceError` if there is none.
+    Hidden files are none of a source. Raises `SourceError` if there is none to read, or for a file named by itself
+    that cannot be read as text.
     """
-    if source == PYTHON_STDLIB:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        files = [
-            path
-            for path in root.rglob("*")
-            if path.suffix in _TEXT_SUFFIXES
-            and not _STDLIB_EXCLUDED.intersection(path.relative_to(root).parts)
-            and path.is_file()
-        ]
-        return sorted(files)
     path = Path(source).expanduser()
+    if source == PYTHON_STDLIB:
+        return SourceFiles(_standard_library(), {})
+    if path.is_file():
+        return SourceFiles([_readable(path, source, types)], {})
     if path.is_dir():
-        files = [p for p in path.rglob("*") if p.suffix in (*_TEXT_SUFFIXES, ".jsonl") and p.is_file()]
+        root, found = path, [p for p in path.rglob("*") if p.is_file()]
     else:
-        files = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
+        root, found = Path(), [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
+    files, passed_over = [], dict[str, int]()
+    for file in sorted(found):
+        parts = (file.relative_to(root) if path.is_dir() else Path(file.name)).parts
+        why = _not_read(file, types, by_pattern=not path.is_dir())
+        if any(part.startswith(".") for part in parts):
+            why = "hidden"
+        if why is None:
+            files.append(file)
+        else:
+            add(passed_over, [why])
     if not files:
+        beside = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items()))
         raise SourceError(
-            f"data.source={source} names no text; give a file, a folder or a glob of "
-            f"{', '.join(_TEXT_SUFFIXES)} or .jsonl files, or {PYTHON_STDLIB}."
+            f"data.source={source} names no {'conversations' if types == ('.jsonl',) else 'text'}"
+            f"{f' (only {beside})' if beside else ''}; give a file, a folder or a glob of {', '.join(types)} files"
+            f"{'' if types == ('.jsonl',) else f', or {PYTHON_STDLIB}'}."
         )
-    return sorted(files)
+    return SourceFiles(files, passed_over)
 
 
-def read_documents(files: list[Path]) -> Iterator[str]:
-    """Documents in file order: a text file is one; a .jsonl file has one per line, under "text"."""
+def read_texts(files: Sequence[Path], reading: Reading) -> Iterator[tuple[str, bool]]:
+    """Texts in file order, each with whether it ends its document: one of over a million characters comes in blocks.
+
+    A block ends where no token can cross, before a line break that follows a word. A text file is one document; a
+    .jsonl file has one in each line, under "text".
+    """
     for path in files:
-        if path.suffix != ".jsonl":
-            text = path.read_text(encoding="utf-8", errors="replace")
-            if text.strip():
-                yield text
+        if path.suffix == ".jsonl":
+            yield from ((text, True) for text in _texts_of_lines(path, reading))
             continue
-        for where, found in read_lines(path):
-            if not isinstance(found, dict) or not isinstance(found.get("text"), str):
-                raise SourceError(f'{where} is no JSON object with a "text" string; mend or drop the line.')
-            yield found["text"]
+        problem = _problem(path)
+        if problem is None:
+            yield from _blocks(path, reading)
+        else:
+            reading.bad(f"{path} is no text in UTF-8 ({problem})")
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Place ("file:line") and value of each line of JSON. Raises `SourceError` for one that is none."""
-    with path.open(encoding="utf-8", errors="replace") as lines:
+def read_lines(path: Path, reading: Reading) -> Iterator[tuple[str, Any]]:
+    """Place ("file:line") and value of each line of JSON; one that is none is bad."""
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            reading.advance(len(line))
             try:
-                found = [json.loads(line)] if line.strip() else []
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                found = [json.loads(text)] if text.strip() else []
+            except UnicodeDecodeError as error:
+                reading.bad(f"{path}:{number} is no UTF-8 ({error.reason} at byte {error.start})")
             except json.JSONDecodeError as error:
-                raise SourceError(f"{path}:{number} is not JSON ({error}); mend or drop the line.") from None
-            yield from ((f"{path}:{number}", value) for value in found)
+                reading.bad(f"{path}:{number} is not JSON ({error.msg} at character {error.pos + 1})")
+            except ValueError as error:  # a number of too many digits
+                reading.bad(f"{path}:{number} is not JSON ({error})")
+            except RecursionError:
+                reading.bad(f"{path}:{number} is not JSON that can be read (nested too deep)")
+            else:
+                yield from ((f"{path}:{number}", value) for value in found)
+
+
+def _texts_of_lines(path: Path, reading: Reading) -> Iterator[str]:
+    for where, found in read_lines(path, reading):
+        if not isinstance(found, dict) or not isinstance(found.get("text"), str):
+            reading.bad(f'{where} is no JSON object with a "text" string')
+            continue
+        try:
+            found["text"].encode()
+        except UnicodeEncodeError as error:
+            reading.bad(f"{where} has half a surrogate pair at character {error.start} of its text")
+            continue
+        add(reading.counts.keys, (key for key in found if key != "text"))
+        yield found["text"]
+
+
+def _problem(path: Path) -> str | None:
+    """Where a file stops to be text, if it does."""
+    decoder, before = codecs.getincrementaldecoder("utf-8")(), 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            waiting = len(decoder.getstate()[0])
+            if b"\0" in block:
+                return f"a zero at byte {before + block.index(0)}"
+            try:
+                decoder.decode(block)
+            except UnicodeDecodeError as error:
+                return f"{error.reason} at byte {before - waiting + error.start}"
+            before += len(block)
+    return "cut off in a character" if decoder.getstate()[0] else None
+
+
+def _blocks(path: Path, reading: Reading) -> Iterator[tuple[str, bool]]:
+    with path.open(encoding="utf-8-sig") as file:
+        held, blank = "", True
+        while piece := file.read(_BLOCK):
+            reading.advance(len(piece.encode()))
+            held += piece
+            blank = blank and not held.strip()
+            cut = _safe_cut(held) if len(held) >= _BLOCK else 0
+            if cut and not blank:
+                yield held[:cut], False
+                held = held[cut:]
+        if not blank:
+            yield held, True
+
+
+def _safe_cut(text: str) -> int:
+    """The last place before a line break that follows a word, else before a blank that does; 0 if there is none."""
+    for mark in ("\n", " "):
+        place = text.rfind(mark)
+        while place > 0 and text[place - 1].isspace():
+            place = text.rfind(mark, 0, place)
+        if place > 0:
+            return place
+    return 0
+
+
+def _standard_library() -> list[Path]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    return sorted(
+        path
+        for path in root.rglob("*")
+        if path.suffix in TEXTS
+        and path.suffix != ".jsonl"
+        and not _STDLIB_EXCLUDED.intersection(path.relative_to(root).parts)
+        and path.is_file()
+    )
+
+
+def _readable(path: Path, source: str, types: Sequence[str]) -> Path:
+    """The file itself; any text may be named by itself, whatever its type."""
+    kind = path.suffix.lower()
+    if types == (".jsonl",) and kind != ".jsonl":
+        how = _CONVERT.get(kind, 'write conversations as lines of {"messages": [...]} into a .jsonl')
+        raise SourceError(f"data.source={source} names no conversations: only .jsonl is read; {how}.")
+    if kind in _CONVERT or kind in _MEDIA:
+        how = _CONVERT.get(kind, "name it in a conversation, with data.format=chat")
+        raise SourceError(f"data.source={source} is a {kind} file, which is not read as text; {how}.")
+    return path
+
+
+def _not_read(path: Path, types: Sequence[str], by_pattern: bool) -> str | None:
+    """Why a file of a folder, or one that a pattern names, is passed over. Conversations may use the media."""
+    kind = path.suffix.lower()
+    named = by_pattern and types == TEXTS and kind not in _CONVERT and kind not in _MEDIA
+    if kind not in types and not named:
+        return kind or "without a suffix"
+    return "empty" if path.stat().st_size == 0 else None

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from data.corpus.packing import Split
-from data.corpus.shards import Counts, Document
-from data.corpus.sources import read_documents, source_files
+from data.corpus.reading import Reading
+from data.corpus.shards import Document
+from data.corpus.sources import SourceFiles, read_texts, source_files
 from data.tokenizer import BOS, EOS, load_tokenizer, train_tokenizer
 
-_DOCUMENTS_PER_CALL = 256
+_TEXTS_PER_CALL, _CHARACTERS_PER_CALL = 256, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -24,31 +26,51 @@ class TextFormat:
     tokenizer: Path | None
     vocab_size: int = 8192
     packing = Split
+    noun = "documents"
     fix = "give files with at least one document"
 
-    def files(self, source: str) -> list[Path]:
+    def files(self, source: str) -> SourceFiles:
         """The text files that a source names: itself, those of a folder, or of a glob."""
         return source_files(source)
 
-    def settings(self, files: list[Path]) -> str:
-        """All that the tokens depend on besides the files' contents, as a text for the cache's key."""
+    def settings(self) -> str:
+        """All that the tokens depend on besides the contents of files, as a text for the cache's key."""
         return str(self.vocab_size if self.tokenizer is None else "given")
 
-    def make_tokenizer(self, files: list[Path]) -> Tokenizer:
+    def make_tokenizer(self, reading: Reading) -> Tokenizer:
         """The given tokenizer, or one trained on these texts."""
         if self.tokenizer is None:
-            return train_tokenizer(read_documents(files), self.vocab_size)
+            tokenizer = train_tokenizer((text for text, _ in read_texts(reading.files, reading)), self.vocab_size)
+            if reading.on_bad == "refuse":
+                reading.finish()
+            return tokenizer
         return load_tokenizer(self.tokenizer)
 
     def check(self, tokenizer: Tokenizer) -> None:
         """Any tokenizer can read text."""
 
-    def documents(self, files: list[Path], tokenizer: Tokenizer, counts: Counts) -> Iterator[Document]:
+    def documents(self, tokenizer: Tokenizer, reading: Reading) -> Iterator[Document]:
         """Each text as tokens between begin and end of text, all of them learned."""
         # A document cannot smuggle in control tokens: text spelling one is encoded piece by piece.
         tokenizer.encode_special_tokens = True
-        texts = read_documents(files)
-        while batch := list(islice(texts, _DOCUMENTS_PER_CALL)):
-            for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-                counts.kept += 1
-                yield Document.text([BOS, *encoding.ids, EOS])
+        begins = True
+        for batch in _batches(read_texts(reading.files, reading)):
+            encodings = tokenizer.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
+            for (_, ends), encoding in zip(batch, encodings, strict=True):
+                reading.counts.kept += ends
+                ids = np.fromiter(chain([BOS] * begins, encoding.ids, [EOS] * ends), np.int64)
+                yield Document.text(ids, goes_on=not ends)
+                begins = ends
+        reading.finish()
+
+
+def _batches(texts: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """Few enough at once, by number and by length, for their tokens to be held."""
+    batch: list[tuple[str, bool]] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == _TEXTS_PER_CALL or sum(len(text) for text, _ in batch) >= _CHARACTERS_PER_CALL:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,8 @@ class MediaFile:
 
     start, stop  its token range, begin and end tokens and timestamps included.
     num_tokens   media tokens in that range, num_pieces the images, frames or clips they stand for.
+    sha256       digest of the file's contents when it was prepared; empty if nobody took it.
+    root         which of the source's files named it; a relative path begins in that one's folder.
     """
 
     kind: str
@@ -35,6 +38,8 @@ class MediaFile:
     stop: int
     num_tokens: int
     num_pieces: int
+    sha256: str = ""
+    root: int = 0
 
 
 def media_processor(config: Gemma4Config) -> MediaProcessor:
@@ -102,6 +107,11 @@ def load_media(
     images: list[tuple[Tensor, Tensor]] = []
     clips: list[Tensor] = []
     for file in files:
+        if file.sha256 and Path(file.path).is_file() and digest(Path(file.path)) != file.sha256:
+            raise MediaError(
+                f"{file.path} changed since it was prepared; put the old file back, or delete {corpus} to prepare "
+                "again."
+            )
         item = _read(file.kind, file.path, processor)
         if (item.num_tokens, len(item.lengths)) != (file.num_tokens, file.num_pieces):
             raise MediaError(
@@ -112,6 +122,12 @@ def load_media(
         images += item.images
         clips += item.clips
     return tuple(images), tuple(clips)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's contents in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(kind: str, path: str | Path, processor: MediaProcessor) -> MediaItem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from model.gemma4 import Gemma4
 from model.hf.weights import Weights, WeightsError
 from model.init import whole_slices
 from model.variants import HUB_IDS
+
+log = logging.getLogger("gemwright")
 
 _WANTED_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
@@ -68,13 +71,26 @@ def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32, device
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """The `tokenizers.Tokenizer` of a folder, hub id, registered name, or a `tokenizer.json`."""
+    """The `tokenizers.Tokenizer` of a folder, hub id, registered name, or a `tokenizer.json`.
+
+    It gives every token of a text, always the same ones: settings for truncation, padding and dropout, which a file
+    may hold from its last use, are switched off.
+    """
     path = Path(source).expanduser()
     if not path.is_file():
         path = resolve(str(source)) / "tokenizer.json"
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; give a folder with a tokenizer.json.")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception on any damage
         raise UserError(f"{path} cannot be read ({error}); fetch it again.") from None
+    left = [name for name in ("truncation", "padding") if getattr(tokenizer, name) is not None]
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        left.append("dropout")
+        tokenizer.model.dropout = None
+    if left:
+        log.warning("%s holds settings for %s, which are switched off", path, " and ".join(left))
+    return tokenizer

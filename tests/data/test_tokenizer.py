@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,25 @@ def test_tokenizers_that_are_not_gemma_s_are_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     with pytest.raises(TokenizerError, match="smallest legal: 370"):
         train_tokenizer(["x"], 300)
+
+
+@pytest.mark.parametrize("name", ["truncation", "padding", "dropout"])
+def test_settings_of_a_tokenizer_s_last_use_are_switched_off(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "some text to learn from " * 50
+    tokenizer = train_tokenizer([text], 400)
+    whole = tokenizer.encode(text).ids
+    if name == "truncation":
+        tokenizer.enable_truncation(32)
+    elif name == "padding":
+        tokenizer.enable_padding(length=5000)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    if name == "dropout":
+        content["model"]["dropout"] = 0.5
+    assert (content["model"] if name == "dropout" else content)[name] is not None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.encode(text).ids == whole == loaded.encode_batch([text, "a"])[0].ids
+    assert caplog.messages == [f"{tmp_path / 'tokenizer.json'} holds settings for {name}, which are switched off"]

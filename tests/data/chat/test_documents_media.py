@@ -143,13 +143,11 @@ def test_a_media_file_that_changed_or_is_gone_is_named(files: Path) -> None:
         return PackedDataset(make(files, [line], E4B), LENGTH, 0, E4B)
 
     pictures, films = dataset("cat.png", "image"), dataset("film.mp4", "video")
-    Image.new("RGB", (120, 90)).save(files / "cat.png")
-    assert (pictures[0].images[0][0] == 0).all(), "of another look, but the same size"
-    Image.new("RGB", (90, 200)).save(files / "cat.png")
+    Image.new("RGB", (120, 90)).save(files / "cat.png")  # of the same size
     (files / "film.mp4").write_bytes((files / "song.wav").read_bytes())
     for broken, message in (
         (pictures, r"cat\.png changed .*delete .*corpora"),
-        (films, r"film\.mp4 has no video stream"),
+        (films, r"film\.mp4 changed .*delete .*corpora"),
     ):
         with pytest.raises(UserError, match=message) as raised:
             broken[0]

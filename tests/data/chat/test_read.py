@@ -38,7 +38,7 @@ def test_conversation_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("{", "is not JSON .*; mend or drop the line"),
+        ("{", "is not JSON .*Mend or drop it"),
         ("[]", 'has neither a "messages" list nor a "text" string'),
         ('{"messages": {}}', 'has neither a "messages" list nor a "text" string'),
         ('{"text": 3}', 'has neither a "messages" list nor a "text" string'),

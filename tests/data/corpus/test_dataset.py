@@ -11,10 +11,11 @@ import torch
 
 from data.batch import IGNORE
 from data.chat.documents import runs
+from data.corpus.counts import Counts
 from data.corpus.dataset import PackedDataset
 from data.corpus.packing import Whole
 from data.corpus.prepare import Corpus
-from data.corpus.shards import Counts, Document, Shard, ShardError, write_shard
+from data.corpus.shards import Document, Shard, ShardError, write_shard
 from data.tokenizer import BOS, EOS
 from model import Gemma4Config
 from tests.harness.chat_files import LENGTH as CHAT_LENGTH

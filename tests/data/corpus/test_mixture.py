@@ -61,8 +61,8 @@ def test_each_source_is_what_it_is_alone(tmp_path: Path) -> None:
     texts, chats = Source(str(make_corpus(tmp_path)), 3, "text"), Source(str(tmp_path / "chats.jsonl"), 1, "chat")
     alone = [open_data([source], settings).dataset for source in (texts, chats)]
     mixed = open_data([texts, chats], settings)
-    assert mixed.name == "3 x {} + 1 x {}".format(*(dataset.corpus.folder.name for dataset in mixed.datasets))
-    assert str(mixed).startswith("120 documents, ") and " + 30 documents, " in str(mixed)
+    assert mixed.name == "3 x {} + 1 x {}".format(*(dataset.shard.digest for dataset in mixed.datasets))
+    assert [str(dataset).partition(",")[0] for dataset in mixed.datasets] == ["120 documents", "30 conversations"]
     for index in range(4 * 3 * mixed.datasets[1].sequences_per_epoch):
         source = index % 4 // 3
         number = index // 4 if source else 3 * (index // 4) + index % 4

@@ -1,0 +1,90 @@
+"""How the files of a source are read: how far, what was wrong with them, and when to stop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.corpus.counts import Counts
+from model.errors import UserError
+
+log = logging.getLogger("gemwright")
+
+ON_BAD = ("refuse", "skip")
+_SHOWN = 10
+"""Bad lines and files that are named one by one."""
+_SECONDS = 10
+"""Between two lines on how far it is."""
+
+
+class SourceError(UserError):
+    """A source that cannot be read."""
+
+
+def go_on() -> None:
+    """Nothing asks to stop."""
+
+
+@dataclass
+class Reading:
+    """One pass over the files of a source.
+
+    on_bad: refuse (the source, with all that is bad in it) or skip; check_stop: raises `UserError` when told to stop.
+    """
+
+    files: list[Path]
+    on_bad: str = "refuse"
+    check_stop: Callable[[], None] = go_on
+    counts: Counts = field(default_factory=Counts)
+
+    def __post_init__(self) -> None:
+        self._total, self._done = sum(path.stat().st_size for path in self.files), 0
+        self._started = self._told = time.monotonic()
+        self._bad: list[str] = []
+
+    def advance(self, size: int) -> None:
+        """Count bytes that were read, and say from time to time how far that is."""
+        self._done += size
+        self.check_stop()
+        now = time.monotonic()
+        if now - self._told >= _SECONDS:
+            self._told, rate = now, self._done / (now - self._started)
+            left = max(self._total - self._done, 0) / max(rate, 1)
+            log.info(
+                "prepared %.1f of %.1f MB, %.2f MB/s, %d s left", self._done / 1e6, self._total / 1e6, rate / 1e6, left
+            )
+
+    def bad(self, problem: str) -> None:
+        """Note a line or file that cannot be read; `problem` begins with its place."""
+        self.counts.bad += 1
+        if len(self._bad) < _SHOWN:
+            self._bad.append(problem.rstrip("."))
+
+    @contextmanager
+    def forgiving(self) -> Iterator[None]:
+        """A mistake inside is noted as bad, with what it says, and ends what is inside."""
+        try:
+            yield
+        except UserError as error:
+            self.bad(str(error))
+
+    def finish(self) -> None:
+        """Raises `SourceError` with all that was bad, unless it may be skipped: then it is a warning."""
+        if not self._bad:
+            return
+        more = self.counts.bad - len(self._bad)
+        said = listed(self._bad) + (f"; and {more:,} more" if more else "")
+        if self.on_bad == "refuse":
+            raise SourceError(
+                f"{said}. Mend or drop {'it' if self.counts.bad == 1 else 'them'}, or set data.on_bad=skip."
+            )
+        log.warning("left out as data.on_bad=skip allows: %s", said)
+
+
+def listed(problems: Iterable[str]) -> str:
+    """Problems as one line."""
+    return "; ".join(" ".join(problem.split()) for problem in problems)
