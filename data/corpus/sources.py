@@ -53,7 +53,7 @@ _STDLIB_EXCLUDED = {
     "encodings",
     "__pycache__",
 }
-_BLOCK = 1 << 20
+_BLOCK = 1 << 19
 """Characters of a text that are held at once."""
 
 
@@ -100,7 +100,7 @@ def source_files(source: str, types: Sequence[str] = TEXTS) -> SourceFiles:
 
 
 def read_texts(files: Sequence[Path], reading: Reading) -> Iterator[tuple[str, bool]]:
-    """Texts in file order, each with whether it ends its document: one of over a million characters comes in blocks.
+    """Texts in file order, each with whether it ends its document: one of over half a million characters comes in blocks.
 
     A block ends where no token can cross, before a line break that follows a word. A text file is one document; a
     .jsonl file has one in each line, under "text".

@@ -16,7 +16,7 @@ from data.corpus.shards import Document
 from data.corpus.sources import SourceFiles, read_texts, source_files
 from data.tokenizer import BOS, EOS, load_tokenizer, train_tokenizer
 
-_TEXTS_PER_CALL, _CHARACTERS_PER_CALL = 256, 1 << 22
+_TEXTS_PER_CALL, _CHARACTERS_PER_CALL = 256, 1 << 21
 
 
 @dataclass(frozen=True)
