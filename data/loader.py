@@ -7,11 +7,14 @@ rest of that is about this rank and its workers.
 
 from __future__ import annotations
 
+import io
+import pickle
 import signal
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import Stateful, StatefulDataLoader
 
@@ -64,7 +67,7 @@ class BatchLoader(Iterator[Batch]):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*set_vital.*")  # torchdata calls what torch deprecates
             self._loader = StatefulDataLoader(
-                _Batches(dataset, config),
+                _Batches(dataset, config, packed=workers > 0),
                 batch_sampler=sampler,
                 num_workers=workers,
                 collate_fn=_as_it_is,
@@ -74,7 +77,17 @@ class BatchLoader(Iterator[Batch]):
         self._batches = iter(self._loader)
 
     def __next__(self) -> Batch:
-        batch = next(self._batches)
+        try:
+            batch = next(self._batches)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"a loader worker was killed ({' '.join(str(error).split())[:120]}), mostly for want of memory; lower "
+                "data.workers or data.sequence_length, and start again: the run goes on from its last checkpoint."
+            ) from None
+        if isinstance(batch, bytes):
+            batch = pickle.loads(batch)
         if isinstance(batch, UserError):
             raise batch
         return batch
@@ -94,19 +107,39 @@ def _find(key: str, state: Any) -> Any:
 
 
 class _Batches(Dataset[Batch]):
-    """Whole batches by their row numbers; an error comes as a value, which a worker hands on without its traceback."""
+    """Whole batches by their row numbers; an error comes as a value, which a worker hands on without its traceback.
 
-    def __init__(self, dataset: Dataset[Row], config: Gemma4Config) -> None:
-        self.dataset, self.config = dataset, config
+    packed: as bytes, which cross to the trainer through a pipe. Tensors would cross in shared memory, of which
+    containers have 64 MB: a worker that finds it full is killed, and may hang.
+    """
 
-    def __getitems__(self, indices: list[int]) -> Batch | UserError:
+    def __init__(self, dataset: Dataset[Row], config: Gemma4Config, packed: bool) -> None:
+        self.dataset, self.config, self.packed = dataset, config, packed
+
+    def __getitems__(self, indices: list[int]) -> Batch | UserError | bytes:
+        batch: Batch | UserError
         try:
-            return collate([self.dataset[index] for index in indices], self.config)
+            batch = collate([self.dataset[index] for index in indices], self.config)
         except UserError as error:
-            return UserError(str(error))
+            batch = UserError(str(error))
+        return _pack(batch) if self.packed else batch
 
 
-def _as_it_is(batch: Batch | UserError) -> Batch | UserError:
+class _Packer(pickle.Pickler):
+    """Writes tensors as arrays, many times faster than torch's own form."""
+
+    def reducer_override(self, value: Any) -> Any:
+        """How to rebuild a tensor; anything else is left to pickle."""
+        return (torch.from_numpy, (value.numpy(),)) if type(value) is torch.Tensor else NotImplemented
+
+
+def _pack(batch: Batch | UserError) -> bytes:
+    held = io.BytesIO()
+    _Packer(held, protocol=5).dump(batch)
+    return held.getvalue()
+
+
+def _as_it_is(batch: Batch | UserError | bytes) -> Batch | UserError | bytes:
     return batch
 
 

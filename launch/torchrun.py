@@ -18,15 +18,23 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, run
 
+_HANDED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+"""Signals that the launcher hands on to its workers before it ends; SLURM warns of a time limit by the last."""
 _SHUTDOWN_SECONDS = 90  # what workers get, told to stop, to write a checkpoint; torch gives 30
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Options of torch's launcher, with `--nproc` too, and time for a last checkpoint when stopped."""
     parser = get_args_parser()
-    parser.set_defaults(shutdown_timeout=_SHUTDOWN_SECONDS)
+    parser.set_defaults(shutdown_timeout=_SHUTDOWN_SECONDS, signals_to_handle=_HANDED_ON)
     parser.add_argument("--nproc", dest="nproc_per_node", type=str, default=argparse.SUPPRESS)
     return parser.parse_args(arguments)
+
+
+def usable_processors() -> int:
+    """Processors that this process may run on, or all of the machine where the system does not tell."""
+    allowed = getattr(os, "sched_getaffinity", None)  # macOS has none
+    return len(allowed(0)) if allowed is not None else os.cpu_count() or 1
 
 
 def with_script(arguments: list[str], script: str) -> list[str]:
@@ -43,7 +51,7 @@ def main() -> None:
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     arguments = parse(sys.argv[1:])
     if arguments.nproc_per_node.isdigit():  # torch would give each process one thread
-        threads = max(1, len(os.sched_getaffinity(0)) // int(arguments.nproc_per_node))
+        threads = max(1, usable_processors() // int(arguments.nproc_per_node))
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     try:
         run(arguments)

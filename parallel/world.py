@@ -26,9 +26,52 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World:
-        """What torchrun's variables say of this process; one process alone without them."""
-        defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-        return cls(*(int(os.environ.get(name, default)) for name, default in defaults.items()))
+        """What torchrun's variables say of this process; one process alone without them.
+
+        Raises `ConfigError` where they contradict each other, or where another launcher started several processes
+        that know nothing of each other.
+        """
+        if not any(name in os.environ for name in ("RANK", "WORLD_SIZE")):
+            _require_one_task()
+            return cls(0, 1, 0, 1)
+        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                found = next(other for other in ("RANK", "WORLD_SIZE") if other in os.environ)
+                raise ConfigError(
+                    f"{found}={os.environ[found]} is set in the environment without {name}; if an earlier job left it, "
+                    f"unset {found}, else start with torchrun, which sets them all."
+                )
+        rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+        world = cls(rank, size, _number("LOCAL_RANK", rank), _number("LOCAL_WORLD_SIZE", size))
+        if not (0 <= rank < size and 0 <= world.local_rank < world.local_size <= size):
+            raise ConfigError(
+                f"RANK={rank}, WORLD_SIZE={size}, LOCAL_RANK={world.local_rank} and LOCAL_WORLD_SIZE="
+                f"{world.local_size} in the environment contradict each other; unset them, or start with torchrun."
+            )
+        return world
+
+
+def _number(name: str, otherwise: int) -> int:
+    text = os.environ.get(name, str(otherwise))
+    if not text.isdecimal():
+        raise ConfigError(f"{name}={text} in the environment is no whole number; unset it, or start with torchrun.")
+    return int(text)
+
+
+def _require_one_task() -> None:
+    """Tasks of SLURM or MPI that are no ranks of torchrun would each train the whole run, all in one folder."""
+    launchers = {
+        "SLURM": ("SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")),
+        "MPI": ("OMPI_COMM_WORLD_RANK", ("OMPI_COMM_WORLD_SIZE",)),
+        "MPI's process manager": ("PMI_RANK", ("PMI_SIZE",)),
+    }
+    for launcher, (rank, sizes) in launchers.items():
+        size = next((os.environ[name] for name in sizes if name in os.environ), "1")
+        if rank in os.environ and size.isdecimal() and int(size) > 1:
+            raise ConfigError(
+                f"started by {launcher} in {size} tasks without torchrun, so they do not know of each other; start one "
+                "task a node: srun --ntasks-per-node 1 torchrun --nproc-per-node 8 ... (see launch/slurm/train.sbatch)."
+            )
 
 
 def init_process_group(world: World, device: torch.device) -> None:

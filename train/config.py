@@ -34,6 +34,8 @@ class RunConfig:
 
     float64 computes and keeps everything in it, slowly: in it meshes agree to 1e-10 or differ by a mistake.
     """
+    silence_seconds: float = at_least(60.0, 1)
+    """Time after which a rank that shows no sign of life is named, while the others wait for it."""
     resume: str = "auto"
     """auto (the newest whole checkpoint in dir, if any) | never | a checkpoint folder"""
 

@@ -36,7 +36,12 @@ from parallel.torch_private import default_store
 from parallel.world import World, init_process_group, is_lost_rank, select_device
 from train.load_config import load_config
 from train.resolve import resolve
+from train.watch import ERROR
 
+_OUT_OF_MEMORY = (
+    "out of memory; lower train.micro_batch_size, data.sequence_length or data.workers, set "
+    "activation_checkpoint.mode=full, or take more ranks: the run goes on from its last checkpoint."
+)
 # How long a rank that found the same mistake as rank 0 waits for rank 0's words before it leaves.
 _COURTESY_SECONDS = 10
 
@@ -47,7 +52,7 @@ def _leave(world: World, message: str) -> NoReturn:
     Other ranks wait in a collective, so an orderly exit would wait for them.
     """
     try:
-        first = default_store().add("gemwright/error", 1) == 1
+        first = default_store().add(ERROR, 1) == 1
     except (RuntimeError, ValueError):  # no process group yet, or the rank that kept its store is gone
         first = True
     if first:
@@ -62,10 +67,13 @@ def main(arguments: list[str] | None = None) -> int:
     if {"-h", "--help"}.intersection(overrides):
         print(__doc__)
         return 0
-    world = World.from_environment()
-    logging.basicConfig(
-        level=logging.INFO if world.rank == 0 else logging.ERROR, format="%(message)s", stream=sys.stdout
-    )
+    try:
+        world = World.from_environment()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("gemwright").setLevel(logging.INFO if world.rank == 0 else logging.ERROR)
     try:
         config = load_config(overrides)
         device = select_device(config.run.device, world)
@@ -83,7 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         init_process_group(world, device)
-        Trainer(run, world, device).train()
+        trainer = Trainer(run, world, device)
+        trainer.train()
+        trainer.watch.close()
     except UserError as error:
         _leave(world, str(error))
     except torch.OutOfMemoryError as error:
@@ -92,9 +102,13 @@ def main(arguments: list[str] | None = None) -> int:
             f"out of GPU memory ({str(error).split('. ')[0]}); lower train.micro_batch_size or data.sequence_length, "
             "set activation_checkpoint.mode=full, or take more ranks.",
         )
+    except MemoryError:
+        _leave(world, _OUT_OF_MEMORY)
     except OSError as error:
         _leave(world, f"{error}; mend it and start again: the run goes on from its last checkpoint.")
     except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):
+            _leave(world, _OUT_OF_MEMORY)
         if not is_lost_rank(error):
             traceback.print_exc()
             os._exit(1)

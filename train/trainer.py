@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.loader import BatchLoader, StepSampler
-from model import UserError
+from model import ConfigError, UserError
 from model.hf.weights import Weights
 from model.init import Fill, random_fill
 from model.media import Media
-from parallel.agree import summed_counts
+from parallel.agree import RankError, summed_counts, together
 from parallel.apply import build_parallel_model
 from parallel.mesh import build_mesh
 from parallel.router_losses import read_balance
@@ -40,6 +40,7 @@ from train.sampling import sample_prompts, write_samples
 from train.schedule import check_schedule, learning_rate, run_length
 from train.stop_request import StopRequest
 from train.trackers import Tracker, build_trackers
+from train.watch import Watch
 
 log = logging.getLogger("gemwright")
 
@@ -57,7 +58,11 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
 
-        self.folder = RunFolder(config, world.rank)
+        self.watch = Watch(world, self.stop, config.run.silence_seconds)
+        try:  # before any rank waits for another
+            self.folder = together(lambda: RunFolder(config, world.rank))
+        except RankError as error:
+            raise ConfigError(str(error)) from None
         self.checkpointer = Checkpointer(
             self.folder.checkpoints, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
         )

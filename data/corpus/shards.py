@@ -111,6 +111,10 @@ class Shard:
         if not same_details:
             raise self._damaged(f"has a {_DETAILS} of another size than was written")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A worker that is not forked opens the files itself, rather than get all tokens."""
+        return Shard, (self.folder, self.roots)
+
     def _compare(self, written: dict[str, str], digests: Digests) -> None:
         for name, digest in written.items():
             if digests.of(self.folder / name) != digest:

@@ -100,7 +100,7 @@ def source_files(source: str, types: Sequence[str] = TEXTS) -> SourceFiles:
 
 
 def read_texts(files: Sequence[Path], reading: Reading) -> Iterator[tuple[str, bool]]:
-    """Texts in file order, each with whether it ends its document: one of over half a million characters comes in blocks.
+    """Texts in file order, each with whether it ends its document: one of over 500,000 characters comes in blocks.
 
     A block ends where no token can cross, before a line break that follows a word. A text file is one document; a
     .jsonl file has one in each line, under "text".
