@@ -77,15 +77,7 @@ class BatchLoader(Iterator[Batch]):
         self._batches = iter(self._loader)
 
     def __next__(self) -> Batch:
-        try:
-            batch = next(self._batches)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                f"a loader worker was killed ({' '.join(str(error).split())[:120]}), mostly for want of memory; lower "
-                "data.workers or data.sequence_length, and start again: the run goes on from its last checkpoint."
-            ) from None
+        batch = next(self._batches)
         if isinstance(batch, bytes):
             batch = pickle.loads(batch)
         if isinstance(batch, UserError):

@@ -38,8 +38,8 @@ from train.load_config import load_config
 from train.resolve import resolve
 from train.watch import ERROR
 
-_OUT_OF_MEMORY = (
-    "out of memory; lower train.micro_batch_size, data.sequence_length or data.workers, set "
+_LESS_MEMORY = (
+    "lower train.micro_batch_size, data.sequence_length or data.workers, set "
     "activation_checkpoint.mode=full, or take more ranks: the run goes on from its last checkpoint."
 )
 # How long a rank that found the same mistake as rank 0 waits for rank 0's words before it leaves.
@@ -103,12 +103,17 @@ def main(arguments: list[str] | None = None) -> int:
             "set activation_checkpoint.mode=full, or take more ranks.",
         )
     except MemoryError:
-        _leave(world, _OUT_OF_MEMORY)
+        _leave(world, f"out of memory; {_LESS_MEMORY}")
     except OSError as error:
         _leave(world, f"{error}; mend it and start again: the run goes on from its last checkpoint.")
     except RuntimeError as error:
         if "DefaultCPUAllocator" in str(error):
-            _leave(world, _OUT_OF_MEMORY)
+            _leave(world, f"out of memory; {_LESS_MEMORY}")
+        if "DataLoader worker" in str(error):  # raised wherever the main thread was when it heard
+            _leave(
+                world,
+                f"a loader worker was killed ({' '.join(str(error).split())[:120]}), often for want of memory; {_LESS_MEMORY}",
+            )
         if not is_lost_rank(error):
             traceback.print_exc()
             os._exit(1)

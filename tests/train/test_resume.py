@@ -7,9 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from model.head import Head
 from parallel.world import World
 from tests.harness.compare import hold
 from tests.harness.distributed import run_ranks
+from tests.harness.processes import start, wait_for_steps, workers
 from tests.harness.report import report
 from tests.harness.runs import losses, overrides, records, train_on
 from train.load_config import load_config
@@ -28,7 +26,6 @@ from train.objective import CrossEntropy, Loss
 from train.resolve import resolve
 from train.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = [
     "train.steps=14",
     "checkpoint.every=4",
@@ -37,32 +34,6 @@ STEPS = [
     "run.deterministic=true",
     "run.dtype=float64",  # other numbers of ranks add in other orders
 ]
-
-
-def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= steps:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"no step {steps}: {process.communicate()}")
-
-
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    torchrun = str(Path(sys.executable).with_name("torchrun"))
-    return subprocess.Popen(
-        [torchrun, "--nproc", "2", str(ROOT / "train" / "main.py"), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def workers(process: subprocess.Popen[str]) -> list[int]:
-    """Process ids of the ranks, in order."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(child) for child in children]
 
 
 @pytest.fixture(scope="module")

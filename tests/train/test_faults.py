@@ -1,0 +1,194 @@
+"""Faults of processes, folders and machines: each ends in seconds, with one line, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.harness.processes import MAIN, ROOT, alive, children, end, start, wait_for_steps, wait_until, workers
+from tests.harness.runs import losses, overrides, train_on
+
+LONG = ("train.steps=2000", "checkpoint.every=0")
+
+
+def saved_step(run: Path) -> int:
+    return int((run / "checkpoints" / "LATEST").read_text().removeprefix("step_"))
+
+
+def test_a_launcher_that_is_killed_takes_no_step_along(tmp_path: Path) -> None:
+    process = start(overrides(tmp_path, *LONG))
+    wait_for_steps(tmp_path / "run", 3, process)
+    ranks = workers(process)
+    process.kill()
+    out, _ = process.communicate(timeout=60)
+    assert wait_until(lambda: not any(map(alive, ranks)), 30), "ranks end by themselves"
+    step = saved_step(tmp_path / "run")
+    assert step >= 3 and len(losses(tmp_path / "run")) == step, out
+    train_on(2, overrides(tmp_path, f"train.steps={step + 1}"))
+    assert len(losses(tmp_path / "run")) == step + 1
+
+
+def test_usr1_to_the_launcher_saves_and_ends(tmp_path: Path) -> None:
+    process = start(overrides(tmp_path, *LONG))
+    wait_for_steps(tmp_path / "run", 3, process)
+    os.kill(process.pid, signal.SIGUSR1)
+    out, _ = process.communicate(timeout=60)
+    assert f"stopped as asked at step {saved_step(tmp_path / 'run')}" in out and "Traceback" not in out, out
+
+
+def test_a_busy_folder_is_one_line_at_once_and_free_when_its_rank_is_killed(tmp_path: Path) -> None:
+    arguments = overrides(tmp_path, *LONG, "checkpoint.every=2", "data.workers=1")
+    process = start(arguments)
+    wait_for_steps(tmp_path / "run", 5, process)
+    ranks = workers(process)
+    began = time.monotonic()
+    second = subprocess.run(
+        [str(Path(sys.executable).with_name("torchrun")), "--nproc", "2", MAIN, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert time.monotonic() - began < 60
+    owner = re.escape(f"(process {ranks[0]} on {os.uname().nodename})")
+    (line,) = [line for line in second.stderr.splitlines() if "error" in line]
+    assert re.fullmatch(rf"error: another job trains in run\.dir=.* {owner}; stop it first, or choose .*", line), line
+    assert second.returncode == 1 and "killed" not in second.stderr
+
+    loaders = children(ranks[0])
+    assert loaders
+    os.kill(ranks[0], signal.SIGKILL)
+    process.kill()
+    process.communicate(timeout=60)
+    train_on(1, overrides(tmp_path, f"train.steps={saved_step(tmp_path / 'run') + 1}"))
+    assert wait_until(lambda: not any(map(alive, [*loaders, ranks[1]])), 30), "workers and ranks end by themselves"
+
+
+def test_a_rank_that_stands_still_is_named(tmp_path: Path) -> None:
+    process = start(overrides(tmp_path, *LONG, "run.silence_seconds=4"))
+    said: list[str] = []
+    wait_for_steps(tmp_path / "run", 3, process)
+    ranks = workers(process)
+    reader = threading.Thread(target=lambda: said.extend(process.stdout or ()), daemon=True)
+    reader.start()
+
+    def heard(words: str) -> bool:
+        return any(words in line for line in list(said))
+
+    os.kill(ranks[1], signal.SIGSTOP)
+    assert wait_until(lambda: heard(f"rank 1 (process {ranks[1]} on "), 30), said
+    os.kill(ranks[1], signal.SIGCONT)
+    assert wait_until(lambda: heard("rank 1 answers again"), 30), said
+    os.kill(ranks[1], signal.SIGSTOP)
+    process.terminate()
+    assert wait_until(lambda: heard("told to stop, but rank 1 does not answer, so nothing more can be saved"), 30), said
+    for pid in [*ranks, process.pid]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_killed_loader_worker_is_one_line(tmp_path: Path) -> None:
+    process = start(overrides(tmp_path, *LONG, "data.workers=1"), ranks=1)
+    wait_for_steps(tmp_path / "run", 3, process)
+    (rank,) = workers(process)
+    (worker,) = children(rank)
+    os.kill(worker, signal.SIGKILL)
+    out, _ = process.communicate(timeout=60)
+    assert "error: a loader worker was killed (" in out and "Traceback" not in out, out
+
+
+DRIVER = """
+import sys
+sys.argv = sys.argv[1:]
+{before}
+import runpy
+if __name__ == "__main__":
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+NO_LOCKS = """
+import errno, fcntl, os
+def refuse(*_):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+fcntl.lockf = fcntl.flock = refuse
+"""
+MACOS = """
+import multiprocessing, os
+del os.sched_getaffinity
+multiprocessing.set_start_method("spawn")
+"""
+
+
+def driven(before: str, arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """One process on a platform that is played by what runs before the program."""
+    script = folder / "driver.py"
+    script.write_text(DRIVER.format(before=before))
+    command = [sys.executable, str(script), MAIN, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path: Path) -> None:
+    done = driven(NO_LOCKS, overrides(tmp_path, "train.steps=1"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "the file system has no locks, so a second job in this folder would not be noticed" in done.stdout
+
+
+def test_what_macos_lacks_is_not_needed(tmp_path: Path) -> None:
+    done = driven(MACOS, overrides(tmp_path, "train.steps=2", "data.workers=1"), tmp_path)
+    assert done.returncode == 0 and "done: step 2" in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(os.getuid() != 0 or shutil.which("unshare") is None, reason="mounts a file system of its own")
+def test_little_shared_memory_suffices(tmp_path: Path) -> None:
+    arguments = overrides(tmp_path, "train.steps=3", "data.workers=2", "train.global_batch_size=64")
+    arguments += ["train.micro_batch_size=64", "data.sequence_length=512"]
+    command = f"mount -t tmpfs -o size=256k tmpfs /dev/shm && exec {sys.executable} {MAIN} " + " ".join(arguments)
+    if subprocess.run(["unshare", "-m", "true"], check=False).returncode != 0:
+        pytest.skip("this machine lets nobody have mounts of its own")
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0 and "done: step 3" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "RANK=0 is set in the environment without MASTER_ADDR"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set in the environment without RANK"),
+        (
+            {"RANK": "banana", "WORLD_SIZE": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"},
+            "RANK=banana in the environment",
+        ),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, "contradict each other"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "started by SLURM in 2 tasks without torchrun"),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"}, "started by MPI in 4 tasks without torchrun"),
+    ],
+    ids=str,
+)
+def test_leftovers_of_launchers_are_named(environment: dict[str, str], message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, MAIN], env=os.environ | environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_address_left_alone_is_no_matter(tmp_path: Path) -> None:
+    arguments = overrides(tmp_path, "train.steps=1")
+    environment = os.environ | {"MASTER_ADDR": "nowhere", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
+    done = subprocess.run(
+        [sys.executable, MAIN, *arguments], env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / ".lock").read_text())["host"] == os.uname().nodename
+    _ = end
