@@ -117,7 +117,7 @@ def _answer(message: Fields, caller: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _thought(message: Fields, written: bool) -> dict[str, Any]:
-    """The thought of a message. Those of other spellings, and one that the chat format leaves out, are unused."""
+    """The thought of a message; other spellings, and one that the chat format leaves out, are unused."""
     found = {key: message.take(key) for key in _THOUGHTS}
     for key, value in found.items():
         check(isinstance(value, str | None), message.at(key), "a string")

@@ -22,7 +22,7 @@ from model.errors import UserError
 FLAGS = ("enable_thinking", "preserve_thinking", "add_generation_prompt", "continue_final_message")
 """Arguments of `render` that a line of a conversation file may set."""
 _TEMPLATE_FLAGS = ("enable_thinking", "preserve_thinking")
-"""Those that "chat_template_kwargs" of a line may set too."""
+"""Flags that "chat_template_kwargs" of a line may set too."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,13 @@ def parse_line(found: Any, where: str) -> Conversation | PlainText:
 def _conversation(line: Fields, found: Sequence[Any]) -> Conversation:
     flags = _flags(line)
     tools = read_tools(line)
-    system = line.take("system")
-    check(isinstance(system, str | None), line.at("system"), "a string")
+    system = line.take("system") or ""
+    check(isinstance(system, str), line.at("system"), "a string")
     refuse_in_line(line)
     messages = place_media(line, read_messages(line, found, flags.get("preserve_thinking", False)))
-    if system and messages and messages[0]["role"] in SYSTEM:
+    if system.strip() and messages and messages[0]["role"] in SYSTEM:
         raise ConversationError(f'{line.where} has "system" and a first message of that role; keep one of them.')
-    if system:
+    if system.strip():
         messages.insert(0, {"role": "system", "content": system})
     if line.found.get("text") is None:
         line.take("text")
