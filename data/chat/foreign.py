@@ -38,6 +38,8 @@ _PART = 'make it a part of the content, as {"type": "image", "path": "cat.png"}'
 _IN_MESSAGES = {
     "function_call": 'write it as "tool_calls": [{"function": {"name": ..., "arguments": ...}}]',
     "refusal": "make it the content",
+    "tools": 'move it to the line, beside "messages"',
+    "functions": 'write them as "tools" of the line',
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _PART),
 }
 _IN_LINES = {

@@ -256,6 +256,7 @@ REFUSED: list[tuple[Any, str]] = [
     (message(weight=0, train=True), "a weight and a train that differ"),
     ({"messages": [{**user(), "weight": 1}]}, r"messages\[0\] asks that role user be learned"),
     (message(function_call={"name": "f"}), r'messages\[1\]\.function_call would be lost; write it as "tool_calls"'),
+    (message(tools=[TOOL]), r'messages\[1\]\.tools would be lost; move it to the line, beside "messages"'),
     (message(refusal="No."), "refusal would be lost; make it the content"),
     (message(images=["a.png"]), "images would be lost; make it a part of the content"),
     (message(reasoning=["R"]), r"messages\[1\]\.reasoning must be a string"),
