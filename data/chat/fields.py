@@ -22,40 +22,51 @@ class ConversationError(UserError):
 
 @dataclass
 class Fields:
-    """An object of a line, `name` its place in any line ("messages[]") and `where` its file, line and place in this."""
+    """An object of a line, `place` where it is in it: nothing for the line itself, or such as "messages[0]"."""
 
     found: Mapping[str, Any]
-    where: str
-    name: str
+    line: str
+    """File and line."""
+    place: str
     unused: dict[str, None]
     """Keys that nothing reads, of the line and of what is in it, in order; shared by all objects of a line."""
     taken: set[str] = field(default_factory=set)
+
+    @property
+    def where(self) -> str:
+        """File, line and place."""
+        return f"{self.line}: {self.place}" if self.place else self.line
+
+    def at(self, place: str) -> str:
+        """File, line and place of something in this object."""
+        return f"{self.line}: {self._path(place)}"
 
     def take(self, key: str) -> Any:
         """The value of a key that is now read; None without it."""
         self.taken.add(key)
         return self.found.get(key)
 
-    def at(self, place: str) -> str:
-        """File, line and place of something in this object."""
-        return f"{self.where}{'.' if self.name else ': '}{place}"
-
-    def inside(self, value: Any, place: str, legal: str) -> Fields:
-        """The object at a place in this one, such as "content[2]". Raises `ConversationError` if it is none."""
-        check(isinstance(value, Mapping), self.at(place), legal)
-        return Fields(value, self.at(place), self._named(re.sub(r"\[\d+\]", "[]", place)), self.unused)
-
     def take_list(self, key: str, legal: str) -> list[Any]:
         """The list that a key holds, perhaps as JSON text; an empty one for null or no text."""
         value = self.take(key)
         if value and isinstance(value, str):
             value = parse_text(value, self.at(key), legal)
-        check(value in (None, "") or isinstance(value, list | tuple), self.at(key), legal)
+        self.check(value in (None, "") or isinstance(value, list | tuple), key, legal)
         return list(value or ())
 
+    def inside(self, value: Any, place: str, legal: str) -> Fields:
+        """The object at a place in this one, such as "content[2]". Raises `ConversationError` if it is none."""
+        self.check(isinstance(value, Mapping), place, legal)
+        return Fields(value, self.line, self._path(place), self.unused)
+
+    def check(self, fine: bool, place: str, legal: str) -> None:
+        """Raises `ConversationError`, which says that something in this object must be `legal`, unless it is `fine`."""
+        if not fine:
+            check(False, self.at(place), legal)
+
     def drop(self, key: str) -> None:
-        """Name something that nothing reads."""
-        self.unused[self._named(key)] = None
+        """Name something that nothing reads, alike in any line."""
+        self.unused[re.sub(r"\[\d+\]", "[]", self._path("")) + key] = None
 
     def close(self) -> None:
         """Name every key that was not taken."""
@@ -63,8 +74,8 @@ class Fields:
             if key not in self.taken:
                 self.drop(printable(key))
 
-    def _named(self, key: str) -> str:
-        return f"{self.name}.{key}" if self.name else key
+    def _path(self, place: str) -> str:
+        return f"{self.place}.{place}" if self.place else place
 
 
 def check(fine: bool, where: str, legal: str) -> None:

@@ -110,6 +110,6 @@ def check_role(message: Fields) -> str:
 
 
 def _refuse(fields: Fields, keys: dict[str, str]) -> None:
-    for key, fix in keys.items():
-        if fields.found.get(key):
-            raise ConversationError(f"{fields.at(key)} would be lost; {fix}.")
+    for key, value in fields.found.items():
+        if value and key in keys:
+            raise ConversationError(f"{fields.at(key)} would be lost; {keys[key]}.")

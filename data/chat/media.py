@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.chat.fields import ConversationError, Fields, check
+from data.chat.fields import ConversationError, Fields
 from data.chat.parts import file_of
 from data.chat.render import MEDIA_KINDS
 
@@ -57,11 +57,11 @@ def media_paths(messages: Sequence[Mapping[str, Any]], kinds: Sequence[str], fol
 
 def _files(line: Fields, key: str) -> list[str]:
     listed = line.found[key]
-    check(isinstance(listed, list | tuple), line.at(key), "a list of paths")
+    line.check(isinstance(listed, list | tuple), key, "a list of paths")
     files = []
     for i, value in enumerate(listed):
         file = file_of(line, value, f"{key}[{i}]")
-        check(file is not None, line.at(f"{key}[{i}]"), "the path of a file")
+        line.check(file is not None, f"{key}[{i}]", "the path of a file")
         files.append(str(file))
     return files
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.chat.fields import ConversationError, Fields, check, check_value, parse_text
+from data.chat.fields import ConversationError, Fields, check_value, parse_text
 from data.chat.foreign import check_role, refuse_in_call, refuse_in_message, refuse_in_tool
 from data.chat.parts import MODEL, read_content, says_something
 from data.chat.tools import unread_keys
@@ -51,12 +51,12 @@ def read_tools(line: Fields) -> list[dict[str, Any]] | None:
         fields = _function(tool, "a tool")
         refuse_in_tool(fields)
         function = {key: item for key, item in fields.found.items() if key not in fields.taken}
-        check(isinstance(function.get("name"), str), fields.at("name"), "a string")
+        fields.check(isinstance(function.get("name"), str), "name", "a string")
         for key in ("parameters", "response"):
             schema = function.get(key)
             if schema and isinstance(schema, str):
                 schema = function[key] = parse_text(schema, fields.at(key), _SCHEMA)
-            check(schema in (None, "") or isinstance(schema, Mapping), fields.at(key), _SCHEMA)
+            fields.check(schema in (None, "") or isinstance(schema, Mapping), key, _SCHEMA)
         check_value(function, fields.where)
         for key in unread_keys(function):
             fields.drop(key)
@@ -66,7 +66,7 @@ def read_tools(line: Fields) -> list[dict[str, Any]] | None:
 
 def _function(holder: Fields, what: str) -> Fields:
     """The function of a tool or a call: under "function", or bare."""
-    check(holder.take("type") in (None, "function"), holder.at("type"), f"function, the only kind of {what}")
+    holder.check(holder.take("type") in (None, "function"), "type", f"function, the only kind of {what}")
     value = holder.take("function")
     if value is None and "name" in holder.found:
         return holder
@@ -84,17 +84,17 @@ def _calls(message: Fields) -> dict[str, Any]:
         fields = _function(call, "a call")
         refuse_in_call(fields)
         name, arguments = fields.take("name"), fields.take("arguments")
-        check(isinstance(name, str), fields.at("name"), "a string")
+        fields.check(isinstance(name, str), "name", "a string")
         if isinstance(arguments, str):
             arguments = parse_text(arguments, fields.at("arguments"), "an object")
-        check(arguments is None or isinstance(arguments, Mapping), fields.at("arguments"), "an object")
+        fields.check(arguments is None or isinstance(arguments, Mapping), "arguments", "an object")
         check_value(arguments, fields.at("arguments"))
         fields.close()
         calls.append({"id": identity, "function": {"name": name, "arguments": arguments or {}}})
     for i, value in enumerate(message.take_list("tool_responses", "a list of what tools returned")):
         fields = message.inside(value, f"tool_responses[{i}]", "an object with a name and a response")
         response = {key: fields.take(key) for key in ("name", "response") if key in fields.found}
-        check(isinstance(response.get("name"), str | None), fields.at("name"), "a string")
+        fields.check(isinstance(response.get("name"), str | None), "name", "a string")
         check_value(response, fields.at("response"))
         fields.close()
         responses.append(response)
@@ -109,7 +109,7 @@ def _answer(message: Fields, caller: Mapping[str, Any]) -> dict[str, Any]:
         raise ConversationError(
             f"{message.where} answers no call and would be lost; give the assistant before it tool_calls, or drop it."
         )
-    check(isinstance(name, str | None), message.at("name"), "a string")
+    message.check(isinstance(name, str | None), "name", "a string")
     called = [call["function"]["name"] for call in calls if call["id"] == identity]
     if called and name and name != called[-1]:
         message.drop("name")
@@ -120,7 +120,7 @@ def _thought(message: Fields, written: bool) -> dict[str, Any]:
     """The thought of a message; other spellings, and one that the chat format leaves out, are unused."""
     found = {key: message.take(key) for key in _THOUGHTS}
     for key, value in found.items():
-        check(isinstance(value, str | None), message.at(key), "a string")
+        message.check(isinstance(value, str | None), key, "a string")
     content = found["reasoning_content"]
     thought = found["reasoning"] or (found["thinking"] if content is None else content)
     for key, value in found.items():
@@ -135,8 +135,8 @@ def _weight(message: Fields, role: str) -> dict[str, Any]:
     """Whether the message is learned, where it says so."""
     weight, train = message.take("weight"), message.take("train")
     legal = weight is None or (isinstance(weight, int | float) and not isinstance(weight, bool) and weight in (0, 1))
-    check(legal, message.at("weight"), "0 or 1")
-    check(isinstance(train, bool | None), message.at("train"), "true or false")
+    message.check(legal, "weight", "0 or 1")
+    message.check(isinstance(train, bool | None), "train", "true or false")
     wanted = {bool(value) for value in (weight, train) if value is not None}
     if len(wanted) > 1:
         raise ConversationError(f"{message.where} has a weight and a train that differ; leave one out.")
@@ -152,7 +152,7 @@ def _check_content(fields: Fields, message: Mapping[str, Any], following: str | 
     if message["role"] == "tool" or "tool_calls" in message or "tool_responses" in message:
         return
     content = message["content"]
-    check(content is not None, fields.at("content"), "a string or a list of parts")
+    fields.check(content is not None, "content", "a string or a list of parts")
     learned = message["role"] in MODEL and message.get("weight") != 0
     if learned and following != "assistant" and not says_something(content):
         raise ConversationError(

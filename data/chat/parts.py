@@ -19,10 +19,10 @@ def read_content(message: Fields, role: str) -> Any:
     if isinstance(content, list | tuple):
         content = [_part(message, part, f"content[{i}]") for i, part in enumerate(content)]
     elif role == "tool":
-        check(not isinstance(content, Mapping), message.at("content"), "text, a list of parts or a number")
+        message.check(not isinstance(content, Mapping), "content", "text, a list of parts or a number")
         check_value(content, message.at("content"))
     else:
-        check(isinstance(content, str | None), message.at("content"), "a string or a list of parts")
+        message.check(isinstance(content, str | None), "content", "a string or a list of parts")
     if role in MODEL and any(without_thoughts(text) != text for text in _texts(content)):
         message.drop("content between channel tokens")
     return content
@@ -45,13 +45,13 @@ def file_of(holder: Fields, value: Any, place: str) -> str | None:
     else:
         named = [value]
     for name in named:
-        check(isinstance(name, str | None), holder.at(place), "the path of a file")
+        holder.check(isinstance(name, str | None), place, "the path of a file")
     return _only([name for name in named if name], holder.at(place))
 
 
 def _part(message: Fields, value: Any, place: str) -> dict[str, Any]:
     kind = value.get("type") if isinstance(value, Mapping) else None
-    check(kind in _PARTS, f"{message.at(place)}.type", f"one of {', '.join(_PARTS)}")
+    message.check(kind in _PARTS, f"{place}.type", f"one of {', '.join(_PARTS)}")
     part = message.inside(value, place, "an object with a type")
     part.take("type")
     read = {"type": kind, **(_text(part) if kind == "text" else _file(part, kind))}
@@ -61,7 +61,7 @@ def _part(message: Fields, value: Any, place: str) -> dict[str, Any]:
 
 def _text(part: Fields) -> dict[str, str]:
     text = part.take("text")
-    check(isinstance(text, str), part.at("text"), "a string")
+    part.check(isinstance(text, str), "text", "a string")
     _refuse_others(part, ("text",))
     for key in ("path", "url"):
         if part.found.get(key) is None:

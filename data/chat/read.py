@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.chat.fields import ConversationError, Fields, check
+from data.chat.fields import ConversationError, Fields
 from data.chat.foreign import refuse_in_line, refuse_in_text, refuse_shape
 from data.chat.media import place_media
 from data.chat.messages import SYSTEM, read_messages, read_tools
@@ -91,7 +91,7 @@ def _conversation(line: Fields, found: Sequence[Any]) -> Conversation:
     flags = _flags(line)
     tools = read_tools(line)
     system = line.take("system") or ""
-    check(isinstance(system, str), line.at("system"), "a string")
+    line.check(isinstance(system, str), "system", "a string")
     refuse_in_line(line)
     messages = place_media(line, read_messages(line, found, flags.get("preserve_thinking", False)))
     if system.strip() and messages and messages[0]["role"] in SYSTEM:
@@ -115,7 +115,7 @@ def _flags(line: Fields) -> dict[str, bool]:
     for fields, names in places:
         for name in names:
             flag = fields.take(name)
-            check(isinstance(flag, bool | None), fields.at(name), "true or false")
+            fields.check(isinstance(flag, bool | None), name, "true or false")
             if flag is not None and flags.setdefault(name, flag) != flag:
                 raise ConversationError(f"{fields.at(name)} is {str(flag).lower()}, and the line says otherwise.")
         if fields is not line:
