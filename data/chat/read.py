@@ -107,7 +107,7 @@ def _conversation(line: Fields, found: Sequence[Any]) -> Conversation:
 def _flags(line: Fields) -> dict[str, bool]:
     """Flags of the line, and those under "chat_template_kwargs", which must not contradict them."""
     value = line.take("chat_template_kwargs")
-    places = [(line, FLAGS)]
+    places: list[tuple[Fields, tuple[str, ...]]] = [(line, FLAGS)]
     if value is not None:
         inner = line.inside(value, "chat_template_kwargs", "an object with flags of the chat template")
         places.append((inner, _TEMPLATE_FLAGS))

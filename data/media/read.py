@@ -16,7 +16,6 @@ import av
 import numpy as np
 from av.audio.frame import AudioFrame
 from av.container import InputContainer
-from av.format import Flags
 from PIL import Image, ImageOps
 
 from model.media import MediaError
@@ -36,6 +35,8 @@ MAX_PIXELS = 64_000_000
 """In a picture or a frame; a small file can hold far more."""
 MAX_VIDEO_PIXELS = 8 * MAX_PIXELS
 """In all frames that are taken of one video, which are in memory at once."""
+_NO_TIMESTAMPS = 0x80
+"""AVFMT_NOTIMESTAMPS among ffmpeg's flags of a format."""
 CUT_SOUND = "sound cut after 30 s"
 FIRST_FRAME = "an animated picture or one of several pages, of which the first is taken"
 GUESSED_RATE = "a video without a frame rate, which is guessed"
@@ -99,7 +100,8 @@ def read_video(source: VideoSource, num_frames: int) -> tuple[list[tuple[float, 
     average frame rate, as in the reference. Raises `MediaError` for a file that is missing, damaged, without frames or
     of more than `MAX_PIXELS` in a frame or `MAX_VIDEO_PIXELS` in all.
     """
-    name, notes = source_name(source, "video"), ()
+    name = source_name(source, "video")
+    notes: tuple[str, ...] = ()
     if isinstance(source, tuple):
         legal = source[0].shape[3:] == (3,)
         pictures, fps = _checked_pixels(source[0], legal, "[N, H, W, 3]"), float(source[1])
@@ -216,7 +218,7 @@ def _count_packets(source: str | Path, num_frames: int) -> tuple[int, tuple[str,
             raise MediaError(f"{source} has no video stream; give a file with pictures.")
         stream = container.streams.video[0]
         # ffmpeg gives a bare stream without timestamps a rate of its own.
-        guessed = not stream.average_rate or container.format.flags & Flags.no_timestamps.value
+        guessed = not stream.average_rate or container.format.flags & _NO_TIMESTAMPS
         notes = (GUESSED_RATE,) * bool(guessed) + (SILENT_FILM,) * bool(container.streams.audio)
         count = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
         pixels = stream.width * stream.height

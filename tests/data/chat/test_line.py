@@ -14,7 +14,7 @@ from tests.harness.chat_files import TOKENIZER, model, text, user
 CALL = {"function": {"name": "f", "arguments": {"a": 1}}}
 OUTPUT = {"role": "tool", "content": "T"}
 SCHEMA = {"type": "object", "properties": {"q": {"type": "string"}}}
-TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": SCHEMA}}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f", "description": "d", "parameters": SCHEMA}}
 HELLO = [user(), model()]
 
 
