@@ -40,6 +40,7 @@ _NO_TIMESTAMPS = 0x80
 CUT_SOUND = "sound cut after 30 s"
 FIRST_FRAME = "an animated picture or one of several pages, of which the first is taken"
 GUESSED_RATE = "a video without a frame rate, which is guessed"
+FURTHER_STREAMS = "further streams of one kind, of which the first is taken"
 SILENT_FILM = "the sound of a video, which is not heard"
 
 
@@ -77,6 +78,7 @@ def read_audio(source: AudioSource) -> tuple[np.ndarray, tuple[str, ...]]:
     Channels are averaged. Raises `MediaError` for a file that is missing, damaged or without sound.
     """
     name = source_name(source, "waveform")
+    notes: tuple[str, ...] = ()
     if isinstance(source, tuple):
         waveform = _checked_waveform(*source)
         if source[1] != SAMPLING_RATE:
@@ -85,12 +87,13 @@ def read_audio(source: AudioSource) -> tuple[np.ndarray, tuple[str, ...]]:
         with _opened(source) as container:
             if not container.streams.audio:
                 raise MediaError(f"{name} has no audio stream; give a file with sound.")
+            notes = (FURTHER_STREAMS,) * (len(container.streams.audio) > 1)
             waveform = resample(container.decode(audio=0))
     if not len(waveform):
         raise MediaError(f"{name} holds no audio samples; leave it out or record it again.")
     if not np.isfinite(waveform).all():
         raise MediaError(f"{name} holds samples that are not finite; repair it or leave it out.")
-    return waveform[:MAX_SAMPLES], (CUT_SOUND,) * (len(waveform) > MAX_SAMPLES + _PADDING)
+    return waveform[:MAX_SAMPLES], notes + (CUT_SOUND,) * (len(waveform) > MAX_SAMPLES + _PADDING)
 
 
 def read_video(source: VideoSource, num_frames: int) -> tuple[list[tuple[float, np.ndarray]], tuple[str, ...]]:
@@ -220,6 +223,7 @@ def _count_packets(source: str | Path, num_frames: int) -> tuple[int, tuple[str,
         # ffmpeg gives a bare stream without timestamps a rate of its own.
         guessed = not stream.average_rate or container.format.flags & _NO_TIMESTAMPS
         notes = (GUESSED_RATE,) * bool(guessed) + (SILENT_FILM,) * bool(container.streams.audio)
+        notes += (FURTHER_STREAMS,) * (len(container.streams.video) > 1)
         count = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
         pixels = stream.width * stream.height
         if pixels > MAX_PIXELS:

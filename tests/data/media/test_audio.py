@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import wave
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -187,6 +188,20 @@ def test_a_sound_of_30_s_is_whole(tmp_path: Path) -> None:
     for source in (tmp_path / "a.wav", tmp_path / "a.mp3", (_tone(30.0, 440), RATE)):
         found = MEL.audio(source)
         assert found.num_tokens == 750 and found.notes == ()
+
+
+def test_of_several_sounds_the_first_is_heard_and_that_is_noted(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "two.mka"), "w") as out:
+        streams = [out.add_stream("pcm_s16le", rate=RATE, layout="mono") for _ in range(2)]
+        for level, stream in zip((300, 700), streams, strict=True):
+            assert isinstance(stream, av.AudioStream)
+            frame = av.AudioFrame.from_ndarray(np.full((1, 900), level, np.int16), format="s16", layout="mono")
+            frame.sample_rate, frame.time_base = RATE, Fraction(1, RATE)
+            for part in (frame, None):
+                out.mux(stream.encode(part))
+    found, notes = read_audio(tmp_path / "two.mka")
+    assert np.array_equal(found, np.full(900, 300 / 2**15, np.float32))
+    assert notes == ("further streams of one kind, of which the first is taken",)
 
 
 def test_no_more_is_decoded_than_30_s_need() -> None:
