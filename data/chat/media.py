@@ -31,8 +31,8 @@ def place_media(line: Fields, messages: Sequence[dict[str, Any]]) -> list[dict[s
             places, files = list(_places(placed, kind)), listed[kind]
             if len(places) != len(files):
                 raise ConversationError(
-                    f"{line.at(key)} lists {len(files)} for {len(places)} places; "
-                    f"write <{kind}> once for each, in the text where it is to be seen or heard."
+                    f"{line.at(key)} has length {len(files)}, and the messages have {len(places)} places for it; "
+                    f"write <{kind}> once for each file, in the text where it is to be seen or heard."
                 )
             for part, file in zip(places, files, strict=True):
                 part["path"] = file

@@ -217,9 +217,15 @@ REFUSED: list[tuple[Any, str]] = [
     ({"messages": HELLO, "functions": [{"name": "f"}]}, 'functions would be lost; write them as "tools"'),
     ({"messages": HELLO, "function_call": "auto"}, 'function_call would be lost; write it as "tool_calls"'),
     ({"messages": HELLO, "image": "a.png"}, 'image would be lost; write "images"'),
-    ({"messages": HELLO, "images": ["a.png"]}, "images lists 1 for 0 places; write <image> once for each"),
-    ({"messages": [user(text("<image>"))], "images": ["a.png"] * 2}, "images lists 2 for 1 places"),
-    ({"messages": [user(text("<audio>"))], "audios": []}, "audios lists 0 for 1 places"),
+    (
+        {"messages": HELLO, "images": ["a.png"]},
+        "images has length 1, and the messages have 0 places for it; write <image>",
+    ),
+    (
+        {"messages": [user(text("<image>"))], "images": ["a.png"] * 2},
+        "images has length 2, and the messages have 1 places",
+    ),
+    ({"messages": [user(text("<audio>"))], "audios": []}, "audios has length 0, and the messages have 1 places"),
     ({"messages": HELLO, "images": "a.png"}, "images must be a list of paths"),
     ({"messages": HELLO, "images": [{"bytes": "AA"}]}, r"images\[0\] must be the path of a file"),
     ({"messages": HELLO, "chat_template_kwargs": [1]}, "chat_template_kwargs must be an object with flags"),
