@@ -50,7 +50,8 @@ def file_of(holder: Fields, value: Any, place: str) -> str | None:
 
 
 def _part(message: Fields, value: Any, place: str) -> dict[str, Any]:
-    kind = str(value.get("type")) if isinstance(value, Mapping) else ""
+    given = value.get("type") if isinstance(value, Mapping) else None
+    kind = given if isinstance(given, str) else ""
     message.check(kind in _PARTS, f"{place}.type", f"one of {', '.join(_PARTS)}")
     part = message.inside(value, place, "an object with a type")
     part.take("type")

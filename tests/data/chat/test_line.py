@@ -286,6 +286,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"messages": [user({"type": "text", "text": "a", "image": "a.png"})]}, 'has the type text and "image" too'),
     ({"messages": [user({"type": "image", "path": "a.png", "text": "a"})]}, 'has the type image and "text" too'),
     ({"messages": [user({"type": "image", "path": "a.png", "url": "b.png"})]}, "must be one file; it names several"),
+    ({"messages": [user({"type": 10**5000})]}, r"messages\[0\]\.content\[0\]\.type must be one of text, image"),
     ({"messages": [user({"type": "image", "path": 3})]}, r"content\[0\]\.path must be the path of a file"),
 ]
 
