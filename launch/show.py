@@ -4,7 +4,8 @@
     python -m launch.show file=chats.jsonl tokenizer=runs/mine/tokenizer.json size=large
 
 file= may be given several times. A line is {"messages": [...]}, with "tools" if wanted, or {"text": "..."}. A media
-part is shown as four soft tokens, whatever its file would give. Without a tokenizer one is trained on each line.
+part is shown as four soft tokens, whatever its file would give; keys that nothing reads are named as unused. Without a
+tokenizer one is trained on each line.
 size is small (E2B, E4B) or large (12B, 26B-A4B, 31B). Others: thinking=true as if every line had enable_thinking,
 borders=true to see where tokens end, color=false for brackets instead (so does NO_COLOR in the environment).
 """
@@ -41,7 +42,8 @@ def show(options: Options) -> None:
     for item in read_conversations(map(Path, options.file)) if options.file else [DEMO]:
         texts, encoded = shown_tokens(item, tokenizer, options.size, flags)
         total, learned = len(encoded.ids), sum(encoded.supervised)
-        print(f"{item.where}: {total} tokens, {learned} supervised ({learned / total:.1%})")
+        unused = f"; unused: {', '.join(item.unused)}" if item.unused else ""
+        print(f"{item.where}: {total} tokens, {learned} supervised ({learned / total:.1%}){unused}")
         print(mark(texts, encoded.supervised, color, options.borders).rstrip("\n"), end="\n\n")
 
 

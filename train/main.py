@@ -110,10 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
         if "DefaultCPUAllocator" in str(error):
             _leave(world, f"out of memory; {_LESS_MEMORY}")
         if "DataLoader worker" in str(error):  # raised wherever the main thread was when it heard
-            _leave(
-                world,
-                f"a loader worker was killed ({' '.join(str(error).split())[:120]}), often for want of memory; {_LESS_MEMORY}",
-            )
+            said = " ".join(str(error).split())[:120]
+            _leave(world, f"a loader worker was killed ({said}), often for want of memory; {_LESS_MEMORY}")
         if not is_lost_rank(error):
             traceback.print_exc()
             os._exit(1)

@@ -1,24 +1,29 @@
-"""Conversations and plain texts from lines of JSON, checked."""
+"""Conversations and plain texts from lines of JSON, checked.
+
+Whatever a line holds is read, or refused because its loss would change what is learned, or named as unused.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.chat.render import MEDIA_KINDS, Rendered, render
+from data.chat.fields import ConversationError, Fields
+from data.chat.foreign import refuse_in_line, refuse_in_text, refuse_shape
+from data.chat.media import place_media
+from data.chat.messages import SYSTEM, read_messages, read_tools
+from data.chat.render import Rendered, render
 from data.corpus.reading import Reading
 from data.corpus.sources import read_lines
 from model.errors import UserError
 
 FLAGS = ("enable_thinking", "preserve_thinking", "add_generation_prompt", "continue_final_message")
 """Arguments of `render` that a line of a conversation file may set."""
-
-
-class ConversationError(UserError):
-    """A conversation that cannot be read, tokenised or cut."""
+_TEMPLATE_FLAGS = ("enable_thinking", "preserve_thinking")
+"""Flags that "chat_template_kwargs" of a line may set too."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,7 @@ def located(where: str) -> Iterator[None]:
 def read_conversations(files: Iterable[Path]) -> Iterator[Conversation | PlainText]:
     """One per line of JSONL: {"messages": [...]}, with "tools" and any of `FLAGS` if wanted, or {"text": "..."}.
 
-    Other keys are left alone. Raises `UserError` for a line that is neither, and for contents that the chat format
-    would drop without a word.
+    Raises `UserError` for a line that is neither, and for contents that would be lost or learned against their meaning.
     """
     for path in files:
         reading = Reading([path])
@@ -74,32 +78,49 @@ def read_conversations(files: Iterable[Path]) -> Iterator[Conversation | PlainTe
 
 def parse_line(found: Any, where: str) -> Conversation | PlainText:
     """What one line of JSON holds; `where` is its file and line. Raises `ConversationError` for neither kind."""
-    if isinstance(found, dict) and isinstance(found.get("messages"), list):
-        for i, message in enumerate(found["messages"]):
-            _check_message(message, f"{where}: messages[{i}]")
-        flags = {flag: found[flag] for flag in FLAGS if flag in found}
-        for flag, value in flags.items():
-            _check(isinstance(value, bool), f"{where}: {flag}", "true or false")
-        _check(isinstance(found.get("tools"), list | None), f"{where}: tools", "a list of functions")
-        return Conversation(where, found["messages"], found.get("tools"), flags)
-    if isinstance(found, dict) and isinstance(found.get("text"), str):
-        return PlainText(where, found["text"])
-    raise ConversationError(f'{where} has neither a "messages" list nor a "text" string; mend or drop the line.')
+    line = Fields(found if isinstance(found, dict) else {}, where, "", {})
+    messages, text = line.take("messages"), line.found.get("text")
+    if isinstance(messages, list):
+        return _conversation(line, messages)
+    if isinstance(text, str) and messages is None:
+        line.take("text")
+        refuse_in_text(line)
+        line.close()
+        return PlainText(where, text, tuple(line.unused))
+    raise refuse_shape(line)
 
 
-def _check_message(message: Any, where: str) -> None:
-    _check(isinstance(message, dict) and isinstance(message.get("role"), str), where, "an object with a role")
-    content = message.get("content")
-    if isinstance(content, list):
-        for i, part in enumerate(content):
-            place = f"{where}.content[{i}]"
-            kind = part.get("type") if isinstance(part, dict) else None
-            _check(kind in ("text", *MEDIA_KINDS), f"{place}.type", f"one of text, {', '.join(MEDIA_KINDS)}")
-            _check(kind != "text" or isinstance(part.get("text"), str), f"{place}.text", "a string")
-    elif message["role"] != "tool":
-        _check(content is None or isinstance(content, str), f"{where}.content", "a string, a list of parts or null")
+def _conversation(line: Fields, found: Sequence[Any]) -> Conversation:
+    flags = _flags(line)
+    tools = read_tools(line)
+    system = line.take("system") or ""
+    line.check(isinstance(system, str), "system", "a string")
+    refuse_in_line(line)
+    messages = place_media(line, read_messages(line, found, flags.get("preserve_thinking", False)))
+    if system.strip() and messages and messages[0]["role"] in SYSTEM:
+        raise ConversationError(f'{line.where} has "system" and a first message of that role; keep one of them.')
+    if system.strip():
+        messages.insert(0, {"role": "system", "content": system})
+    if line.found.get("text") is None:
+        line.take("text")
+    line.close()
+    return Conversation(line.where, messages, tools, flags, tuple(line.unused))
 
 
-def _check(fine: bool, where: str, legal: str) -> None:
-    if not fine:
-        raise ConversationError(f"{where} must be {legal}; mend or drop the line.")
+def _flags(line: Fields) -> dict[str, bool]:
+    """Flags of the line, and those under "chat_template_kwargs", which must not contradict them."""
+    value = line.take("chat_template_kwargs")
+    places: list[tuple[Fields, tuple[str, ...]]] = [(line, FLAGS)]
+    if value is not None:
+        inner = line.inside(value, "chat_template_kwargs", "an object with flags of the chat template")
+        places.append((inner, _TEMPLATE_FLAGS))
+    flags: dict[str, bool] = {}
+    for fields, names in places:
+        for name in names:
+            flag = fields.take(name)
+            fields.check(isinstance(flag, bool | None), name, "true or false")
+            if flag is not None and flags.setdefault(name, flag) != flag:
+                raise ConversationError(f"{fields.at(name)} is {str(flag).lower()}, and the line says otherwise.")
+        if fields is not line:
+            fields.close()
+    return flags

@@ -249,12 +249,12 @@ def _leave_open(out: _Writer, step: _Step) -> None:
     while parts and parts[-1].get("type") != "text":
         parts.pop()
     if not parts:
-        raise ChatError(f"{step.where} has no text to continue; add some, or leave continue_final_message out.")
+        raise ChatError("the last message has no text to continue; add some, or leave continue_final_message out.")
     _write_content(out, step, parts)
     if out.pieces[-1].endswith("\n"):
-        raise ChatError(f"{step.where} is empty; begin the answer, or use add_generation_prompt instead.")
+        raise ChatError("the last message is empty; begin the answer, or use add_generation_prompt instead.")
     if without_thoughts(parts[-1]["text"]) != parts[-1]["text"]:
-        raise ChatError(f"{step.where}.content holds a thought, which is left out; move it to reasoning.")
+        raise ChatError("the last message holds a thought, which is left out; move it to reasoning.")
 
 
 def _write_content(out: _Writer, step: _Step, parts: Sequence[Message]) -> bool:

@@ -5,8 +5,10 @@ Where the released template writes unbalanced braces or drops a schema key, so d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+from data.chat.fields import printable
 
 _QUOTE = '<|"|>'
 _OWN_KEYS = ("description", "type", "properties", "required", "nullable")
@@ -46,9 +48,44 @@ def format_declaration(function: Mapping[str, Any], null: str = "null") -> str:
     return f"declaration:{function.get('name', '')}{{description:{quoted(function.get('description', ''))}{text}}}"
 
 
+def unread_keys(function: Mapping[str, Any]) -> Iterator[str]:
+    """Keys of a declared function that `format_declaration` leaves out; those of all properties have one place."""
+    parameters, response = function.get("parameters"), function.get("response")
+    yield from _others(function, ("name", "description", "parameters", "response"), "")
+    if isinstance(parameters, Mapping):
+        yield from _others(parameters, ("properties", "required", "type"), "parameters.")
+        yield from _unread_properties(parameters.get("properties"))
+    if isinstance(response, Mapping):
+        read = ("description", "type") if _type(response) == "OBJECT" else ("description",)
+        yield from _others(response, read, "response.")
+
+
 def sorted_ignoring_case(mapping: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Items in the order in which the template's `dictsort` puts them."""
     return sorted(mapping.items(), key=lambda item: item[0].lower())
+
+
+def _others(schema: Mapping[str, Any], read: Iterable[str], place: str) -> Iterator[str]:
+    return (place + printable(key) for key in schema if key not in read)
+
+
+def _unread_properties(properties: Any) -> Iterator[str]:
+    """Keys that `_property` leaves out of any of these properties, or of those inside them."""
+    for schema in properties.values() if isinstance(properties, Mapping) else ():
+        if not isinstance(schema, Mapping):
+            yield "parameters.properties[]"
+            continue
+        kind, items, inner = _type(schema), schema.get("items"), schema.get("properties")
+        read = ["description", "type", "nullable"]
+        read += ["enum"] * (kind == "STRING") + ["items"] * (kind == "ARRAY" and isinstance(items, Mapping))
+        if kind == "ARRAY" and isinstance(items, Mapping):
+            yield from _unread_properties(items.get("properties"))
+        if kind == "OBJECT" and isinstance(inner, Mapping):
+            read += ["properties", "required"]
+            yield from _unread_properties(inner)
+        elif kind == "OBJECT":  # each of its keys is written as a property
+            read += schema
+        yield from _others(schema, read, "parameters.properties[].")
 
 
 def _parameters(schema: Mapping[str, Any], null: str) -> str:

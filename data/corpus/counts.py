@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+_KINDS = 1000
 _NAMED = 8
 """Kinds of what was ignored that are listed by name."""
 
@@ -64,8 +65,9 @@ class Counts:
 
 
 def add(counts: dict[str, int], names: Iterable[str]) -> None:
-    """Count each name once more."""
+    """Count each name once more; past a thousand names, others count as one."""
     for name in names:
+        name = name if name in counts or len(counts) < _KINDS else "others"
         counts[name] = counts.get(name, 0) + 1
 
 

@@ -123,17 +123,26 @@ def read_lines(path: Path, reading: Reading) -> Iterator[tuple[str, Any]]:
             reading.advance(len(line))
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                found = [json.loads(text)] if text.strip() else []
+                found = [json.loads(text, object_pairs_hook=_once)] if text.strip() else []
             except UnicodeDecodeError as error:
                 reading.bad(f"{path}:{number} is no UTF-8 ({error.reason} at byte {error.start})")
             except json.JSONDecodeError as error:
                 reading.bad(f"{path}:{number} is not JSON ({error.msg} at character {error.pos + 1})")
-            except ValueError as error:  # a number of too many digits
+            except ValueError as error:  # a key twice, or a number of too many digits
                 reading.bad(f"{path}:{number} is not JSON ({error})")
             except RecursionError:
                 reading.bad(f"{path}:{number} is not JSON that can be read (nested too deep)")
             else:
                 yield from ((f"{path}:{number}", value) for value in found)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of which nothing is lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object has {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
 
 
 def _texts_of_lines(path: Path, reading: Reading) -> Iterator[str]:

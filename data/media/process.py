@@ -95,17 +95,18 @@ class MediaProcessor:
 
     def image(self, source: ImageSource) -> MediaItem:
         """A path, PIL image or uint8 array [H, W], [H, W, 3] or [H, W, 4]. Raises `MediaError` if it cannot be read."""
-        values, positions = self._patches(read_image(source), self.image_tokens)
+        picture, notes = read_image(source)
+        values, positions = self._patches(picture, self.image_tokens)
         tokens = self._tokens(values)
         text = f"{BEGIN_IMAGE}{IMAGE * tokens}{END_IMAGE}"
-        return MediaItem("image", text, values, positions, (len(values),), tokens)
+        return MediaItem("image", text, values, positions, (len(values),), tokens, notes)
 
     def video(self, source: VideoSource) -> MediaItem:
         """A path, or (uint8 frames [N, H, W, 3], frames per second). Raises `MediaError` if it cannot be read.
 
         Each frame is stamped with its time, "mm:ss" (docs/gemma4.md 10.2).
         """
-        frames = read_video(source, self.num_frames)
+        frames, notes = read_video(source, self.num_frames)
         parts = [self._patches(Image.fromarray(picture), self.video_tokens) for _, picture in frames]
         tokens = [self._tokens(values) for values, _ in parts]
         text = " ".join(
@@ -113,7 +114,7 @@ class MediaProcessor:
             for (seconds, _), count in zip(frames, tokens, strict=True)
         )
         values, positions = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return MediaItem("video", text, values, positions, tuple(len(v) for v, _ in parts), sum(tokens))
+        return MediaItem("video", text, values, positions, tuple(len(v) for v, _ in parts), sum(tokens), notes)
 
     def audio(self, source: AudioSource) -> MediaItem:
         """A path, or (float array [samples], sampling rate in Hz); cut at 30 seconds.
@@ -122,7 +123,7 @@ class MediaProcessor:
         """
         if self.audio_features is None:
             raise MediaError("this variant hears nothing; choose E2B, E4B or 12B, or leave the audio out.")
-        waveform = read_audio(source)
+        waveform, notes = read_audio(source)
         if self.audio_features == "waveform":
             values = waveform_frames(waveform)
             tokens = len(values)
@@ -135,7 +136,7 @@ class MediaProcessor:
                 f"audio token; give at least {HOP + 1}."
             )
         text = f"{BEGIN_AUDIO}{AUDIO * tokens}{END_AUDIO}"
-        return MediaItem("audio", text, values, torch.zeros(0, 2, dtype=torch.int64), (len(values),), tokens)
+        return MediaItem("audio", text, values, torch.zeros(0, 2, dtype=torch.int64), (len(values),), tokens, notes)
 
     def _patches(self, image: Image.Image, budget: int) -> tuple[Tensor, Tensor]:
         cell = self.patch_size * self.pooling_kernel_size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -62,12 +61,3 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-def end(process: subprocess.Popen[str], pids: list[int]) -> str:
-    """Kill what is left of a run; what it said."""
-    for pid in [*pids, process.pid]:
-        if alive(pid):
-            os.kill(pid, signal.SIGKILL)
-    out, _ = process.communicate(timeout=60)
-    return out

@@ -52,7 +52,7 @@ def test_brackets_stand_there_without_colour(how: str, run: Any, monkeypatch: py
 
 def test_files_sizes_and_thinking(run: Any, tmp_path: Path) -> None:
     lines = [
-        {"messages": [{"role": "user", "content": "Hi"}], "add_generation_prompt": True},
+        {"messages": [{"role": "user", "content": "Hi", "name": "Ann"}], "add_generation_prompt": True, "id": 4},
         {"text": "plain ü"},
     ]
     path = tmp_path / "chats.jsonl"
@@ -60,7 +60,10 @@ def test_files_sizes_and_thinking(run: Any, tmp_path: Path) -> None:
     tokenizer = tmp_path / "tokenizer.json"
     train_tokenizer(["Hi there, plain"], 400).save(str(tokenizer))
     printed = run(f"file={path}", f"tokenizer={tokenizer}", "size=large", "color=false")
-    assert re.search(r"chats\.jsonl:1: \d+ tokens, 0 supervised \(0\.0%\)\n<bos>", printed)
+    assert re.search(
+        r"chats\.jsonl:1: \d+ tokens, 0 supervised \(0\.0%\); unused: messages\[\]\.name, id\n<bos>", printed
+    )
+    assert printed.count("unused") == 1
     assert "<|turn>model\n<|channel>thought\n<channel|>\n\n" in printed
     assert printed.endswith(f"<bos>{LEFT}plain ü<eos>{RIGHT}\n\n")
     assert "<|turn>model\n\n" in run(f"file={path}", "color=false") and "<|think|>" in run(

@@ -124,7 +124,7 @@ REFUSED: dict[str, tuple[Any, Gemma4Config, str]] = {
     "typed": (text("see <|image|>"), E4B, r"spells the media token <\|image\|>"),
     "surrogate": ({"text": "half \ud800"}, E4B, "half a surrogate pair"),
     "system": ([{"role": "system", "content": [{"type": "image"}]}, user()], E4B, "leaves out 1 of 1 media parts"),
-    "no call": ([user(), model(), NO_CALL], E4B, "leaves out 1 of 1 media parts"),
+    "no call": ([user(), model(), NO_CALL], E4B, r"messages\[2\] answers no call and would be lost"),
 }
 
 

@@ -44,7 +44,7 @@ def test_conversation_files(tmp_path: Path) -> None:
         ('{"text": 3}', 'has neither a "messages" list nor a "text" string'),
         ('{"messages": ["Hi"]}', r"messages\[0\] must be an object with a role"),
         ('{"messages": [{"content": "Hi"}]}', r"messages\[0\] must be an object with a role"),
-        ('{"messages": [{"role": "user", "content": 3}]}', r"content must be a string, a list of parts or null"),
+        ('{"messages": [{"role": "user", "content": 3}]}', r"content must be a string or a list of parts"),
         ('{"messages": [{"role": "user", "content": ["Hi"]}]}', r"content\[0\]\.type must be one of text, image"),
         ('{"messages": [{"role": "user", "content": [{"type": "img"}]}]}', r"content\[0\]\.type must be one of text"),
         ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', r"content\[0\]\.text must be a string"),
@@ -62,8 +62,8 @@ def test_bad_lines_are_named(line: str, sentence: str, tmp_path: Path) -> None:
 
 def test_what_the_chat_format_refuses_is_named_too(tmp_path: Path) -> None:
     path = tmp_path / "chats.jsonl"
-    path.write_text(json.dumps({"messages": [model("", tool_calls=[{"name": "f"}])]}), encoding="utf-8")
+    path.write_text(json.dumps({"messages": [user()], "continue_final_message": True}), encoding="utf-8")
     [item] = read_conversations([path])
     assert isinstance(item, Conversation)
-    with pytest.raises(ConversationError, match=r"chats\.jsonl:1: messages\[0\]\.tool_calls\[0\]\.function is of type"):
+    with pytest.raises(ConversationError, match=r"chats\.jsonl:1: continue_final_message needs an assistant"):
         item.render("small")

@@ -280,7 +280,7 @@ def test_media_and_turn_ends_come_from_the_structure() -> None:
         ([{**ASKS, "content": "A"}, OUTPUT], None, {"continue_final_message": True}, "needs an assistant message"),
         ([], None, {"continue_final_message": True}, "needs an assistant message at the end; add one"),
         ([answer([{"type": "image"}])], None, {"continue_final_message": True}, "has no text to continue; add some"),
-        ([answer(" ")], None, {"continue_final_message": True}, r"messages\[0\] is empty; begin the answer"),
+        ([answer(" ")], None, {"continue_final_message": True}, "the last message is empty; begin the answer"),
         ([answer("<|channel>x<channel|>y")], None, {"continue_final_message": True}, r"holds a thought, .*reasoning"),
         (
             [answer()],

@@ -126,7 +126,16 @@ def test_sources_that_name_no_text_say_so(tmp_path: Path) -> None:
 def test_everything_bad_is_named_at_once(tmp_path: Path) -> None:
     lines = tmp_path / "lines.jsonl"
     deep = b"[" * 1_000_000
-    bad = [b"{", b'{"txt": 1}', b'{"text": 7}', b'{"text": "\xff"}', b'{"text": "\\ud800"}', deep, b"9" * 5000]
+    bad = [
+        b"{",
+        b'{"txt": 1}',
+        b'{"text": 7}',
+        b'{"text": "\xff"}',
+        b'{"text": "\\ud800"}',
+        deep,
+        b"9" * 5000,
+        b'{"text": "a", "text": "b"}',
+    ]
     lines.write_bytes(b'\xef\xbb\xbf{"text": "good"}\r\n\n' + b"\n".join(bad) + b'\n{"text": "last"}')
     (tmp_path / "zero.txt").write_bytes(b"a\0b")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9s")
@@ -142,11 +151,12 @@ def test_everything_bad_is_named_at_once(tmp_path: Path) -> None:
         "lines.jsonl:7 has half a surrogate pair at character 0",
         "lines.jsonl:8 is not JSON that can be read (nested too deep)",
         "lines.jsonl:9 is not JSON (Exceeds the limit",
+        "lines.jsonl:10 is not JSON (an object has 'text' twice)",
         "zero.txt is no text in UTF-8 (a zero at byte 1)",
         "latin.txt is no text in UTF-8 (invalid continuation byte at byte 3)",
     ):
         assert part in str(caught.value)
-    assert reading.counts.bad == 9 and "\n" not in str(caught.value)
+    assert reading.counts.bad == 10 and "\n" not in str(caught.value)
 
 
 def test_ten_bad_lines_are_named_and_the_rest_counted(tmp_path: Path) -> None:

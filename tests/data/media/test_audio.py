@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import wave
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -150,14 +151,14 @@ def test_a_wav_at_16_khz_comes_back_bit_by_bit(tmp_path: Path) -> None:
     samples = (CLIPS["vowels"] * 2**14).astype(np.int16)
     _write_wav(tmp_path / "a.wav", samples[None], RATE)
     wanted = (samples / 2**15).astype(np.float32)
-    assert np.array_equal(read_audio(tmp_path / "a.wav"), wanted)
+    assert np.array_equal(read_audio(tmp_path / "a.wav")[0], wanted)
     assert torch.equal(MEL.audio(str(tmp_path / "a.wav")).values, MEL.audio((wanted, RATE)).values)
 
 
 def test_channels_are_averaged(tmp_path: Path) -> None:
     left, right = (CLIPS["chirp up"] * 2**14).astype(np.int16), np.zeros(2 * RATE, np.int16)
     _write_wav(tmp_path / "a.wav", np.stack([left, right]), RATE)
-    assert np.array_equal(read_audio(tmp_path / "a.wav"), (left / 2**16).astype(np.float32))
+    assert np.array_equal(read_audio(tmp_path / "a.wav")[0], (left / 2**16).astype(np.float32))
 
 
 @pytest.mark.parametrize("rate", [8000, 22_050, 44_100, 48_000])
@@ -165,23 +166,48 @@ def test_other_rates_are_resampled(tmp_path: Path, rate: int) -> None:
     t = np.arange(rate) / rate
     tone = (np.sin(2 * math.pi * 440 * t) * 2**14).astype(np.int16)
     _write_wav(tmp_path / "a.wav", tone[None], rate)
-    found = read_audio(tmp_path / "a.wav")
+    found = read_audio(tmp_path / "a.wav")[0]
     assert len(found) == RATE
     middle = slice(500, -500)
     assert np.abs(found - _tone(1.0, 440))[middle].max() < 2e-4
-    assert np.abs(found - read_audio((tone / np.float32(2**15), rate))).max() < 1e-6
+    assert np.abs(found - read_audio((tone / np.float32(2**15), rate))[0]).max() < 1e-6
 
 
 def test_files_longer_than_30_s_are_cut(tmp_path: Path) -> None:
     _write_wav(tmp_path / "a.wav", np.ones((1, 31 * 44_100), np.int16), 44_100)
-    assert len(read_audio(tmp_path / "a.wav")) == 30 * RATE
-    assert MEL.audio(tmp_path / "a.wav").num_tokens == RAW.audio(tmp_path / "a.wav").num_tokens == 750
+    assert len(read_audio(tmp_path / "a.wav")[0]) == 30 * RATE
+    for found in (MEL.audio(tmp_path / "a.wav"), RAW.audio(tmp_path / "a.wav"), RAW.audio((_tone(45.0, 440), RATE))):
+        assert found.num_tokens == 750 and found.notes == ("sound cut after 30 s",)
+
+
+def test_a_sound_of_30_s_is_whole(tmp_path: Path) -> None:
+    _write_wav(tmp_path / "a.wav", np.ones((1, 30 * 44_100), np.int16), 44_100)
+    _encode(tmp_path / "a.mp3", "libmp3lame", _tone(30.0, 440), RATE)
+    decoded = [len(read_audio(tmp_path / name)[0]) for name in ("a.wav", "a.mp3")]
+    assert decoded == [30 * RATE] * 2
+    for source in (tmp_path / "a.wav", tmp_path / "a.mp3", (_tone(30.0, 440), RATE)):
+        found = MEL.audio(source)
+        assert found.num_tokens == 750 and found.notes == ()
+
+
+def test_of_several_sounds_the_first_is_heard_and_that_is_noted(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "two.mka"), "w") as out:
+        streams = [out.add_stream("pcm_s16le", rate=RATE, layout="mono") for _ in range(2)]
+        for level, stream in zip((300, 700), streams, strict=True):
+            assert isinstance(stream, av.AudioStream)
+            frame = av.AudioFrame.from_ndarray(np.full((1, 900), level, np.int16), format="s16", layout="mono")
+            frame.sample_rate, frame.time_base = RATE, Fraction(1, RATE)
+            for part in (frame, None):
+                out.mux(stream.encode(part))
+    found, notes = read_audio(tmp_path / "two.mka")
+    assert np.array_equal(found, np.full(900, 300 / 2**15, np.float32))
+    assert notes == ("further streams of one kind, of which the first is taken",)
 
 
 def test_no_more_is_decoded_than_30_s_need() -> None:
     frame = av.AudioFrame.from_ndarray(np.ones((1, RATE), np.int16), format="s16", layout="mono")
     frame.sample_rate = RATE
-    assert len(resample(itertools.repeat(frame, 90))) == 30 * RATE
+    assert len(resample(itertools.repeat(frame, 90))) == 31 * RATE, "one frame more tells that there is more"
 
 
 @pytest.mark.parametrize(
@@ -191,7 +217,7 @@ def test_no_more_is_decoded_than_30_s_need() -> None:
 def test_compressed_files_sound_as_they_did(tmp_path: Path, name: str, codec: str, rate: int) -> None:
     t = np.arange(rate) / rate
     _encode(tmp_path / name, codec, 0.5 * np.sin(2 * math.pi * 440 * t), rate)
-    found = read_audio(tmp_path / name)
+    found = read_audio(tmp_path / name)[0]
     assert abs(len(found) - RATE) < 1600
     middle = found[4000:12_000]
     assert np.argmax(np.abs(np.fft.rfft(middle))) == 220

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tokenizers import Tokenizer, models
 
-from data.media.files import check_media_tokens, media_processor
+from data.media.files import check_media_tokens, measure, media_processor
 from data.media.process import MediaProcessor
+from data.media.read import FIRST_FRAME
 from data.tokenizer import TokenizerError
 from model import ConfigError, Gemma4Config
 from model.encoders.config import AudioConfig, AudioEmbedderConfig, VisionConfig
@@ -45,3 +47,11 @@ def test_media_tokens_of_tokenizer_and_model_must_agree(tmp_path: Path) -> None:
         check_media_tokens(TOKENIZER, E4B.replace(boa_token_id=9))
     with pytest.raises(TokenizerError, match=r"has no <\|image>"):
         check_media_tokens(Tokenizer(models.BPE()), E4B)
+
+
+def test_notes_outlive_the_values(tmp_path: Path) -> None:
+    Image.new("RGB", (90, 60)).save(
+        tmp_path / "a.gif", save_all=True, append_images=[Image.new("RGB", (90, 60), "red")]
+    )
+    found = measure("image", tmp_path / "a.gif", media_processor(E4B), E4B)
+    assert found.notes == (FIRST_FRAME,) and found.num_tokens > 0 and not len(found.values)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +112,7 @@ def test_every_mode_becomes_the_reference_s_rgb(mode: str) -> None:
 
 def test_transparent_is_white() -> None:
     clear = np.zeros((60, 60, 4), np.uint8)
-    assert np.asarray(read_image(clear)).min() == 255
+    assert np.asarray(read_image(clear)[0]).min() == 255
     assert (MediaProcessor().image(clear).values == 1).all()
 
 
@@ -141,7 +143,61 @@ def test_photos_are_turned_upright(tmp_path: Path, orientation: int, turns: Imag
     _picture(300, 200).save(tmp_path / "a.png", exif=exif)
     upright = _picture(300, 200) if turns is None else _picture(300, 200).transpose(turns)
     for source in (tmp_path / "a.png", Image.open(tmp_path / "a.png")):
-        assert np.array_equal(np.asarray(read_image(source)), np.asarray(upright))
+        assert np.array_equal(np.asarray(read_image(source)[0]), np.asarray(upright))
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tiff"])
+def test_of_several_pictures_the_first_is_taken_and_that_is_noted(tmp_path: Path, suffix: str) -> None:
+    first, second = _picture(90, 60), Image.new("RGB", (90, 60))
+    first.save(tmp_path / f"several.{suffix}", save_all=True, append_images=[second], lossless=True)
+    first.save(tmp_path / f"one.{suffix}", lossless=True)
+    several, one = (MediaProcessor().image(tmp_path / f"{name}.{suffix}") for name in ("several", "one"))
+    assert torch.equal(several.values, one.values) and one.notes == ()
+    assert several.notes == ("an animated picture or one of several pages, of which the first is taken",)
+    with Image.open(tmp_path / f"several.{suffix}") as opened:
+        assert MediaProcessor().image(opened).notes == several.notes
+
+
+def test_previews_in_a_photo_are_no_pictures_of_their_own(tmp_path: Path) -> None:
+    _picture(90, 60).save(tmp_path / "a.mpo", save_all=True, append_images=[_picture(30, 20)])
+    with Image.open(tmp_path / "a.mpo") as opened:
+        assert opened.format == "MPO" and getattr(opened, "n_frames", 1) == 2
+    assert MediaProcessor().image(tmp_path / "a.mpo").notes == ()
+
+
+def _png(width: int, height: int) -> bytes:
+    """A file of a header, and no pixels."""
+    chunks = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT"
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks
+    )
+
+
+@pytest.mark.filterwarnings("error")
+def test_pictures_of_too_many_pixels_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
+    """Most are headers without pixels; Pillow would pass the first, warn of the second, and fail at the third."""
+    for side in (8001, 13_000, 50_000):
+        (tmp_path / f"{side}.png").write_bytes(_png(side, side))
+    (tmp_path / "wide.gif").write_bytes(
+        b"GIF89a" + struct.pack("<HHBBB", 65_535, 65_535, 0, 0, 0) + b"," + bytes(9) + b"\x08"
+    )
+    Image.new("1", (8001, 8000)).save(tmp_path / "huge.tiff", compression="group4")
+    assert (tmp_path / "huge.tiff").stat().st_size < 100_000
+    for name in ("8001.png", "13000.png", "50000.png", "wide.gif", "huge.tiff"):
+        with pytest.raises(MediaError) as raised:
+            MediaProcessor().image(tmp_path / name)
+        assert str(raised.value) == f"{tmp_path / name} has more than 64 million pixels; scale it down or leave it out."
+    (tmp_path / "fine.png").write_bytes(_png(8000, 8000))
+    with pytest.raises(MediaError, match="cannot be read as an image"):
+        MediaProcessor().image(tmp_path / "fine.png")
+
+
+def test_a_program_is_no_picture(tmp_path: Path) -> None:
+    """Pillow would have another program run it."""
+    Image.new("RGB", (60, 60)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(MediaError, match=r"a\.png cannot be read as an image \(cannot identify image file"):
+        MediaProcessor().image(tmp_path / "a.png")
 
 
 def test_images_that_cannot_be_used_say_so(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_files_give_the_frames_and_times_they_hold(
 ) -> None:
     frames = _frames(count)
     _write(tmp_path / name, frames, codec, fps)
-    found = read_video(tmp_path / name, 8)
+    found = read_video(tmp_path / name, 8)[0]
     indices = sample_indices(count, 8)
     assert len(found) == len(indices)
     for (seconds, picture), index in zip(found, indices, strict=True):
@@ -129,20 +129,20 @@ def test_packets_without_a_picture_are_no_frames(tmp_path: Path) -> None:
                 packet.stream = stream
                 late.mux(packet)
     for num_frames in (8, 64):
-        seconds = [seconds for seconds, _ in read_video(tmp_path / "late.mkv", num_frames)]
+        seconds = [seconds for seconds, _ in read_video(tmp_path / "late.mkv", num_frames)[0]]
         assert seconds == pytest.approx([index / 12 for index in sample_indices(40, num_frames)])
 
 
 def test_a_film_held_upright_stays_upright(tmp_path: Path) -> None:
     _write(tmp_path / "a.mp4", _frames(3), "libx264", 5)
-    lying = read_video(tmp_path / "a.mp4", 3)
+    lying = read_video(tmp_path / "a.mp4", 3)[0]
     data = bytearray((tmp_path / "a.mp4").read_bytes())
     matrix = data.index(b"tkhd") + 4 + 40  # version, times, track, duration, layer and volume come first
     assert data[matrix : matrix + 4] == (1 << 16).to_bytes(4)
     quarter = (0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
     data[matrix : matrix + 36] = b"".join(value.to_bytes(4, signed=True) for value in quarter)
     (tmp_path / "b.mp4").write_bytes(data)
-    for (_, upright), (_, picture) in zip(read_video(tmp_path / "b.mp4", 3), lying, strict=True):
+    for (_, upright), (_, picture) in zip(read_video(tmp_path / "b.mp4", 3)[0], lying, strict=True):
         assert np.array_equal(upright, np.rot90(picture, -1))
 
 
@@ -170,3 +170,60 @@ def test_videos_that_cannot_be_used_say_so(tmp_path: Path) -> None:
         with pytest.raises(MediaError, match=message) as raised:
             PROCESSOR.video(source)
         assert str(raised.value).count("\n") == 0
+
+
+def _write_stills(path: Path, width: int, height: int, count: int) -> None:
+    """One black frame again and again, in a file of a few kilobytes."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("png", rate=5)
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height, stream.pix_fmt = width, height, "monob"
+        black = av.VideoFrame(width, height, "monob")
+        black.planes[0].update(bytes(black.planes[0].buffer_size))
+        [packet] = [*stream.encode(black), *stream.encode(None)]
+        for i in range(count):
+            copy = av.Packet(bytes(packet))
+            copy.stream, copy.pts, copy.dts, copy.time_base = stream, i, i, Fraction(1, 5)
+            copy.is_keyframe = True
+            out.mux(copy)
+
+
+def test_videos_of_too_many_pixels_are_refused(tmp_path: Path) -> None:
+    _write_stills(tmp_path / "huge.mov", 8008, 8000, 1)
+    _write_stills(tmp_path / "many.mov", 8000, 8000, 9)
+    _write(tmp_path / "wide.mkv", np.zeros((2, 2, 100_000, 3), np.uint8), "ffv1", 5)
+    assert (tmp_path / "many.mov").stat().st_size < 1_000_000
+    for name, message in (
+        ("huge.mov", r"^a frame of .*huge\.mov has more than 64 million pixels; scale it down or leave it out\.$"),
+        (
+            "many.mov",
+            r"many\.mov has more than 512 million pixels in the 9 frames that are taken; scale it down or leave",
+        ),
+    ):
+        with pytest.raises(MediaError, match=message):
+            PROCESSOR.video(tmp_path / name)
+    wide = PROCESSOR.video(tmp_path / "wide.mkv")
+    assert wide.num_tokens == 2 * 70 and (wide.values == 0).all()
+
+
+def test_what_is_left_out_of_a_film_is_noted(tmp_path: Path) -> None:
+    frames = _frames(3)
+    _write(tmp_path / "a.mp4", frames, "libx264", 5)
+    with av.open(str(tmp_path / "loud.mkv"), "w") as out:
+        sound, pictures = out.add_stream("pcm_s16le", rate=8000, layout="mono"), out.add_stream("mpeg4", rate=5)
+        assert isinstance(pictures, av.VideoStream) and isinstance(sound, av.AudioStream)
+        pictures.height, pictures.width = frames.shape[1:3]
+        for picture in frames:
+            out.mux(pictures.encode(av.VideoFrame.from_ndarray(picture)))
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.sample_rate, frame.time_base = 8000, Fraction(1, 8000)
+        for encoded in (pictures.encode(None), sound.encode(frame), sound.encode(None)):
+            out.mux(encoded)
+    _write(tmp_path / "raw.h264", frames, "libx264", 5)
+    notes = {name: PROCESSOR.video(tmp_path / name).notes for name in ("a.mp4", "loud.mkv", "raw.h264")}
+    assert notes == {
+        "a.mp4": (),
+        "loud.mkv": ("the sound of a video, which is not heard",),
+        "raw.h264": ("a video without a frame rate, which is guessed",),
+    }
+    assert PROCESSOR.video((frames, 5)).notes == ()
