@@ -40,7 +40,10 @@ def test_help_has_an_example_of_every_command(tmp_path: Path) -> None:
 def test_a_command_is_told_its_own_arguments(tmp_path: Path) -> None:
     status, out, error = gemwright("prepare", "sauce=texts", cwd=tmp_path)
     assert (status, out) == (1, "")
-    assert error == "error: sauce is no argument; nearest: source (all: source, tokenizer, vocab_size, cache, on_bad, strict).\n"
+    assert (
+        error
+        == "error: sauce is no argument; nearest: source (all: source, tokenizer, vocab_size, cache, on_bad, strict).\n"
+    )
 
 
 def test_an_unknown_command_names_the_nearest(tmp_path: Path) -> None:
