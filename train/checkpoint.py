@@ -9,10 +9,8 @@ state to keep: data, schedule and samples are functions of (config, step).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import re
 import shutil
 import tempfile
 import time
@@ -25,18 +23,20 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpointer.utils import canonical_fqn
 
 from model.errors import UserError
 from model.init import initialised_tensors
 from parallel.agree import RankError, from_all, on_rank_0, together
 from parallel.world import is_lost_rank
+from train.checkpoint_reader import TensorReader
 from train.files import replace_file, sync_folder
+from train.manifest import MANIFEST, STATE, checkpoints, damage, entry, is_ours, leftovers
 
 log = logging.getLogger("gemwright")
 
-MANIFEST, STATE, LATEST = "manifest.json", "state.json", "LATEST"
-_NAME = re.compile(r"step_\d{8}")
+LATEST = "LATEST"
 _VISIBLE_SECONDS = 10  # a network file system may show a new file late
 
 
@@ -53,6 +53,8 @@ class Checkpointer:
         self._group = dist.new_group(backend="gloo")
         self._checksums = ThreadPoolExecutor(1)  # off the training thread
         self._pending: tuple[Path, Future[dict[str, Any]]] | None = None
+        self._damaged: set[str] = set()
+        self._kept: set[Path] = set()
         if writing:
             self._require_shared_folder()
             on_rank_0(self._clear, self._group)  # what a killed save or prune left behind
@@ -71,8 +73,19 @@ class Checkpointer:
             )
 
     def _clear(self) -> None:
-        for leftover in self.folder.glob(".step_*"):
-            shutil.rmtree(leftover)
+        """Remove what killed saves and removals left. What is not ours, or cannot be removed, is named and stays."""
+        for leftover in leftovers(self.folder):
+            try:
+                if not is_ours(leftover):
+                    raise OSError("it is a link, or holds no state.json of a run")
+                shutil.rmtree(leftover)
+            except OSError as error:
+                self._warn(leftover, error)
+
+    def _warn(self, path: Path, error: OSError) -> None:
+        if path not in self._kept:
+            self._kept.add(path)
+            log.warning("%s cannot be cleared away (%s); it is left as it is", path, error.strerror or error)
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Write a checkpoint; asynchronous ones are committed by a later `commit`.
@@ -83,6 +96,7 @@ class Checkpointer:
         final = self.folder / f"step_{step:08d}"
         partial = self.folder / f".{final.name}.partial"
         tensors = _tensors(model, optimizer)
+        self._require_finite(tensors, step)
         try:
             on_rank_0(lambda: _begin(partial, state), self._group)
             if self.asynchronous:
@@ -125,9 +139,30 @@ class Checkpointer:
         partial.rename(final)
         sync_folder(self.folder)
         replace_file(self.folder / LATEST, final.name)
-        for old in _complete(self.folder)[: -self.keep]:
-            old.rename(old.with_name(f".{old.name}.old"))
+        self._damaged.discard(final.name)
+        for old in self._superfluous(final):
+            try:
+                if not is_ours(old):
+                    raise OSError("it is a link, or holds no state.json of a run")
+                old.rename(old.with_name(f".{old.name}.old"))
+            except OSError as error:
+                self._warn(old, error)
         self._clear()
+
+    def _superfluous(self, newest: Path) -> list[Path]:
+        """Checkpoints beyond those to keep: damaged ones first, then the oldest, never what was just written."""
+        others = [path for path in checkpoints(self.folder) if path.name != newest.name]
+        others.sort(key=lambda path: (path.name not in self._damaged, path.name))
+        return others[: max(len(others) - (self.keep - 1), 0)]
+
+    def _require_finite(self, tensors: dict[str, Any], step: int) -> None:
+        """Raises `UserError` if any rank has values that are not finite, which no later start could go on from."""
+        found = [name for name in from_all(_first_not_finite(tensors), self._group) if name is not None]
+        if found:
+            raise UserError(
+                f"{found[0]} holds values that are not finite after step {step}, so this step is not saved; lower "
+                "optimizer.lr and start again: the run goes on from its last checkpoint."
+            )
 
     def _failure(self, partial: Path, cause: str) -> UserError:
         if self.rank == 0:
@@ -143,14 +178,15 @@ class Checkpointer:
 
         Raises `UserError` if there are checkpoints and all are damaged: a fresh start would bury them.
         """
-        found = on_rank_0(lambda: _complete(self.folder), self._group)  # nodes' listings may differ for a moment
+        found = on_rank_0(lambda: checkpoints(self.folder), self._group)  # nodes' listings may differ for a moment
         for folder in reversed(found):
-            damage = self._damage(folder)
-            if damage is None:
+            found_damage = self._damage(folder)
+            if found_damage is None:
                 if self.rank == 0 and self._writing:
                     replace_file(self.folder / LATEST, folder.name)  # a kill may have come between the rename and this
                 return folder
-            log.warning("checkpoint %s is damaged (%s); trying the one before", folder.name, damage)
+            self._damaged.add(folder.name)
+            log.warning("checkpoint %s is damaged (%s); trying the one before", folder.name, found_damage)
         if found:
             raise UserError(
                 f"every checkpoint in {self.folder} is damaged; restore one, or choose another run.dir to start afresh."
@@ -160,9 +196,9 @@ class Checkpointer:
     def verified(self, folder: Path) -> Path:
         """The folder itself. Raises `UserError` naming the damage if it is no whole checkpoint."""
         read_state(folder)
-        damage = self._damage(folder)
-        if damage is not None:
-            raise UserError(f"checkpoint {folder} is damaged ({damage}); give another, or run.resume=auto.")
+        found = self._damage(folder)
+        if found is not None:
+            raise UserError(f"checkpoint {folder} is damaged ({found}); give another, or run.resume=auto.")
         return folder
 
     def load(
@@ -176,13 +212,21 @@ class Checkpointer:
         state = tensors["optimizer"]["state"]
         for name in [name for name in state if name.partition(".")[0] in newly_trained]:
             del state[name]
-        dcp.load(tensors, checkpoint_id=folder, process_group=self._group)
+        reader = TensorReader(folder)
+        reader.read_metadata()  # a refusal is one sentence here, and a report of all ranks from within torch
+        dcp.load(tensors, storage_reader=reader, process_group=self._group)
+        found = [name for name in from_all(_first_not_finite(tensors), self._group) if name is not None]
+        if found:
+            raise UserError(
+                f"{found[0]} of checkpoint {folder} holds values that are not finite; delete that folder to go on from "
+                "the one before."
+            )
         return read_state(folder)
 
     def _damage(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint, or None. Each rank checks its share of the files."""
-        found = from_all(_damage(folder, part=self.rank, parts=dist.get_world_size()), self._group)
-        return next((damage for damage in found if damage), None)
+        found = from_all(damage(folder, part=self.rank, parts=dist.get_world_size()), self._group)
+        return next((said for said in found if said), None)
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -199,8 +243,11 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
 def read_state(folder: Path) -> dict[str, Any]:
     """What was saved beside the tensors. Raises `UserError` if there is no checkpoint."""
     try:
-        return json.loads((folder / STATE).read_text())
-    except (OSError, ValueError) as error:
+        state = json.loads((folder / STATE).read_text())
+        if not isinstance(state, dict):
+            raise ValueError("it holds no object")
+        return state
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"checkpoint {folder} cannot be read ({error}); give a folder like RUN/checkpoints/step_00000100."
         ) from None
@@ -209,28 +256,6 @@ def read_state(folder: Path) -> dict[str, Any]:
 def _begin(partial: Path, state: dict[str, Any]) -> None:
     partial.mkdir(parents=True, exist_ok=True)
     replace_file(partial / STATE, json.dumps(state, indent=1))
-
-
-def _complete(folder: Path) -> list[Path]:
-    """Committed checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("step_*") if _NAME.fullmatch(p.name) and (p / MANIFEST).exists())
-
-
-def _damage(folder: Path, part: int, parts: int) -> str | None:
-    """The first file that disagrees with the manifest, among every `parts`-th one."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"no readable {MANIFEST}: {error}"
-    for name, entry in sorted(files.items())[part::parts]:
-        path = folder / name
-        if not path.exists():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        if _checksum(path) != entry["sha256"]:
-            return f"{name} has another checksum"
-    return None
 
 
 def _own_files(written: Future, folder: Path, rank: int) -> dict[str, Any]:
@@ -242,12 +267,21 @@ def _own_files(written: Future, folder: Path, rank: int) -> dict[str, Any]:
     own = [
         p for p in folder.iterdir() if p.name.startswith(f"__{rank}_") or (rank == 0 and not p.name.startswith("__"))
     ]
-    return {p.name: {"bytes": p.stat().st_size, "sha256": _checksum(p)} for p in own}
+    return {p.name: entry(p) for p in own}
 
 
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _first_not_finite(tensors: dict[str, Any], prefix: str = "") -> str | None:
+    """The name of a tensor of which this rank's part is not finite, if there is one."""
+    for name, value in tensors.items():
+        if isinstance(value, dict):
+            found = _first_not_finite(value, f"{prefix}{name}.")
+            if found is not None:
+                return found
+        elif isinstance(value, torch.Tensor) and value.is_floating_point():
+            local = value.to_local() if isinstance(value, DTensor) else value
+            if not bool(torch.isfinite(local).all()):
+                return prefix + name
+    return None
 
 
 def _root_cause(error: BaseException) -> BaseException:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import warnings
@@ -32,7 +33,11 @@ from model import Gemma4Config, UserError
 from model.hf.config import config_to_hf
 from model.hf.weights import INDEX, SINGLE, disk_key
 from parallel.agree import RankError, from_all, on_rank_0, together
-from train.checkpoint import MANIFEST as CHECKPOINT_MANIFEST
+from train.checkpoint_reader import TensorReader
+from train.manifest import MANIFEST as CHECKPOINT_MANIFEST
+from train.manifest import checksum
+
+log = logging.getLogger("gemwright")
 
 MANIFEST = "gemwright_export.json"
 FILE_BYTES = 5 * 10**9
@@ -64,12 +69,17 @@ class Origin:
     @classmethod
     def remember(cls, folder: Path, source: Path, dtypes: dict[str, torch.dtype]) -> None:
         """Copy what an export needs, so that the source may go away."""
-        folder.mkdir(exist_ok=True)
-        for name in _KEPT_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-        named = {key: str(dtype).removeprefix("torch.") for key, dtype in dtypes.items()}
-        (folder / "dtypes.json").write_text(json.dumps(named, indent=0))
+
+        def copy(aside: Path) -> None:
+            for name in _KEPT_FILES:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, aside / name)
+            named = {key: str(dtype).removeprefix("torch.") for key, dtype in dtypes.items()}
+            (aside / "dtypes.json").write_text(json.dumps(named, indent=0))
+
+        if cls(folder).digest and not (folder / "dtypes.json").is_file():
+            shutil.rmtree(folder)  # half copied, by an earlier version
+        made_once(folder, copy)
 
     @classmethod
     def inherit(cls, folder: Path, checkpoint: Path) -> None:
@@ -81,6 +91,14 @@ class Origin:
 
         if theirs.is_dir():
             made_once(folder, copy)
+
+    @property
+    def digest(self) -> str:
+        """Names the files by their contents; empty if there are none."""
+        if not self.folder.is_dir():
+            return ""
+        files = [[path.name, checksum(path)] for path in sorted(self.folder.iterdir()) if path.is_file()]
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest() if files else ""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -111,7 +129,7 @@ def export(
     from another checkpoint. One made from this very checkpoint stays. Raises `UserError`.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    out = out.resolve()
+    out = out.parent.resolve() / out.name  # a link itself is not followed
     aside = out.with_name(f".{out.name}.partial")
     tensors: dict[str, Any] = {}
     try:
@@ -124,7 +142,7 @@ def export(
             tensors |= share
         on_rank_0(lambda: files.finish(aside, out, tensors, tokenizer))
     except RankError as error:
-        if rank == 0:
+        if rank == 0 and (aside / MANIFEST).is_file():
             shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
             f"export to {out} failed ({error}); mend it and export again, the checkpoint is untouched."
@@ -133,15 +151,47 @@ def export(
 
 
 def _begin(checkpoint: Path, out: Path, aside: Path, replace: bool) -> bool:
-    """Whether there is anything to do; then `aside` is an empty folder."""
+    """Whether there is anything to do; then `aside` is a folder with an unfinished manifest, by which it is ours."""
+    for path in (out, aside):
+        if path.is_symlink():
+            raise FileExistsError(f"{path} is a link; choose another folder or remove it")
+        if path.exists() and not is_export(path):
+            raise FileExistsError(f"{path} is there already, and no export; choose another folder or remove it")
     if out.exists():
-        if _read_json(out / MANIFEST).get("checkpoint_digest") == _digest(checkpoint):
+        same = _read_json(out / MANIFEST).get("checkpoint_digest") == _digest(checkpoint)
+        broken = damaged_file(out)
+        if same and broken is None:
             return False
-        if not replace:
-            raise FileExistsError("it is there already: choose another folder or remove it")
-    shutil.rmtree(aside, ignore_errors=True)
+        if broken is not None:
+            log.warning("%s is damaged (%s); it is written anew", out, broken)
+        elif not replace:
+            raise FileExistsError(f"{out} holds the export of another checkpoint; choose another folder or remove it")
+    if aside.exists():
+        shutil.rmtree(aside)
     aside.mkdir(parents=True)
+    _write_json(aside / MANIFEST, {"unfinished": True})
     return True
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is empty, or was written by `export`, as its manifest shows."""
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    found = _read_json(folder / MANIFEST)
+    return not any(folder.iterdir()) or "checkpoint_digest" in found or found.get("unfinished") is True
+
+
+def damaged_file(folder: Path) -> str | None:
+    """A file of an export that is not what its manifest says, or None if all are."""
+    files = _read_json(folder / MANIFEST).get("files")
+    if not isinstance(files, dict) or not files:
+        return f"{MANIFEST} lists no files"
+    for name, sha256 in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if checksum(folder / name) != sha256:
+            return f"{name} has another checksum"
+    return None
 
 
 def _digest(checkpoint: Path) -> str:
@@ -157,7 +207,7 @@ class _Files:
     ) -> None:
         self.checkpoint, self.config, self.origin = checkpoint, config, origin
         self.text_only = config.vision is None and config.audio is None
-        stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        stored = TensorReader(checkpoint).read_metadata().state_dict_metadata
         self.shapes = {
             name.removeprefix(_MODEL): entry.size
             for name, entry in stored.items()
@@ -194,7 +244,8 @@ class _Files:
             if sum(tensor.nbytes for tensor in pending.values()) > _READ_BYTES or name == self.names[number][-1]:
                 with warnings.catch_warnings():  # it says that it reads alone, which is what is asked of it
                     warnings.simplefilter("ignore")
-                    dcp.load({_MODEL.rstrip("."): pending}, checkpoint_id=self.checkpoint, no_dist=True)
+                    reader = TensorReader(self.checkpoint)
+                    dcp.load({_MODEL.rstrip("."): pending}, storage_reader=reader, no_dist=True)
                 while pending:
                     read, tensor = pending.popitem()
                     written[disk_key(read, text_only=self.text_only)] = tensor.to(self.dtypes[read])
@@ -232,7 +283,9 @@ class _Files:
                 else:
                     _write_json(folder / name, content)
         made_from = {"checkpoint": self.checkpoint.name, "checkpoint_digest": _digest(self.checkpoint)}
-        _write_json(folder / MANIFEST, made_from | {"tensors": tensors})
+        written = (path for path in sorted(folder.iterdir()) if path.name != MANIFEST)
+        files = {path.name: checksum(path) for path in written}
+        _write_json(folder / MANIFEST, made_from | {"files": files, "tensors": tensors})
         if out.exists():
             shutil.rmtree(out)
         os.replace(folder, out)
@@ -283,7 +336,13 @@ def _entry(tensor: Tensor, file: str) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise OSError(f"{path} is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise OSError(f"{path} holds no object")
+    return found
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
