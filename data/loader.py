@@ -8,8 +8,11 @@ rest of that is about this rank and its workers.
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import signal
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -72,7 +75,7 @@ class BatchLoader(Iterator[Batch]):
                 num_workers=workers,
                 collate_fn=_as_it_is,
                 prefetch_factor=4 if workers else None,
-                worker_init_fn=_ignore_stop_signals,
+                worker_init_fn=_begin_worker,
             )
         self._batches = iter(self._loader)
 
@@ -135,7 +138,15 @@ def _as_it_is(batch: Batch | UserError | bytes) -> Batch | UserError | bytes:
     return batch
 
 
-def _ignore_stop_signals(worker: int) -> None:
-    """A launcher signals a whole process group; workers must live until the trainer has saved."""
+def _begin_worker(worker: int) -> None:
+    """A launcher signals a whole process group: workers live on until the trainer has saved, and end with it."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(trainer: int) -> None:
+    """End this worker once its trainer is gone, also where it waits for a full pipe to be read."""
+    while os.getppid() == trainer:
+        time.sleep(1)
+    os._exit(1)

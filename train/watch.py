@@ -42,6 +42,7 @@ class Watch:
             heard.setblocking(False)
             self._heard = heard  # or it would close
             signal.set_wakeup_fd(heard.fileno(), warn_on_full_buffer=False)
+            default_store().set(_key(world.rank), self._sign(0))
             self._thread.start()
 
     def close(self) -> None:
@@ -63,13 +64,16 @@ class Watch:
             try:
                 if store is None:
                     continue
-                store.set(_key(self.world.rank), f"{beat}/{socket.gethostname()}/{os.getpid()}")
+                store.set(_key(self.world.rank), self._sign(beat))
                 neighbour.look(store, told or bool(self.stop))
                 left += _BEAT_SECONDS if store.check([ERROR]) else 0
             except RuntimeError:  # the launcher kept it, and is gone
                 store = None
             if left > _GRACE_SECONDS:
                 os._exit(1)
+
+    def _sign(self, beat: int) -> str:
+        return f"{beat}/{socket.gethostname()}/{os.getpid()}"
 
     def _told(self) -> bool:
         try:

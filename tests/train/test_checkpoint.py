@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -198,18 +197,6 @@ def test_a_folder_to_resume_from_is_where_a_run_starts_and_nothing_is_buried(tmp
     train_on(1, [*branch, "train.steps=5"])  # the same command again goes on from the branch
     assert [r["step"] for r in records(tmp_path / "branch")] == [3, 4, 5]
     assert names(tmp_path / "run") == ["LATEST", "step_00000002", "step_00000004", "step_00000006"]
-
-
-def test_two_jobs_do_not_train_in_one_folder(tmp_path: Path) -> None:
-    def both(world: World) -> str:
-        with (tmp_path / "run" / ".lock").open("w") as other:
-            fcntl.flock(other, fcntl.LOCK_EX)
-            with pytest.raises(UserError) as caught:
-                Trainer(resolve(load_config(overrides(tmp_path, *STEPS)), world.size), world, torch.device("cpu"))
-        return str(caught.value)
-
-    (tmp_path / "run").mkdir()
-    assert "another job trains in run.dir" in run_ranks(1, both)[0]
 
 
 def test_a_folder_that_ranks_do_not_share_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
