@@ -27,6 +27,7 @@ from parallel.world import World, init_process_group
 from train.checkpoint import Checkpointer, read_state
 from train.config import EXPORT_DTYPES
 from train.export import export
+from train.origin import check_origin
 
 
 @dataclass
@@ -54,6 +55,7 @@ def export_run(options: Options) -> None:
         raise UserError(f"run={folder} holds no whole checkpoint yet; wait for one.")
     state = read_state(checkpoint)
     tokenizer, origin = folder / "tokenizer.json", folder / "origin"
+    check_origin(state, origin, options.dtype)
     export(
         checkpoint,
         Path(options.out),

@@ -13,8 +13,7 @@ import logging
 import os
 import shutil
 import warnings
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,22 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from data.chat.template import chat_template, template_size
-from data.corpus.prepare import made_once
-from data.tokenizer import STOPS
+from data.tokenizer import BOS, STOPS
 from model import Gemma4Config, UserError
 from model.hf.config import config_to_hf
 from model.hf.weights import INDEX, SINGLE, disk_key
 from parallel.agree import RankError, from_all, on_rank_0, together
+from train.checkpoint import read_state
 from train.checkpoint_reader import TensorReader
 from train.manifest import MANIFEST as CHECKPOINT_MANIFEST
 from train.manifest import checksum
+from train.origin import DTYPES, KEPT_FILES, Origin, learned_turns, read_json
 
 log = logging.getLogger("gemwright")
 
@@ -43,72 +45,7 @@ MANIFEST = "gemwright_export.json"
 FILE_BYTES = 5 * 10**9
 _READ_BYTES = 10**9
 """Float32 masters read at once, before they are cast."""
-_KEPT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-)
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MODEL = "model."
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a run remembers of the checkpoint it began with: its small files, and each tensor's dtype on disk."""
-
-    folder: Path
-
-    @classmethod
-    def remember(cls, folder: Path, source: Path, dtypes: dict[str, torch.dtype]) -> None:
-        """Copy what an export needs, so that the source may go away."""
-
-        def copy(aside: Path) -> None:
-            for name in _KEPT_FILES:
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, aside / name)
-            named = {key: str(dtype).removeprefix("torch.") for key, dtype in dtypes.items()}
-            (aside / "dtypes.json").write_text(json.dumps(named, indent=0))
-
-        if cls(folder).digest and not (folder / "dtypes.json").is_file():
-            shutil.rmtree(folder)  # half copied, by an earlier version
-        made_once(folder, copy)
-
-    @classmethod
-    def inherit(cls, folder: Path, checkpoint: Path) -> None:
-        """A run that branches off another's checkpoint began where that one did."""
-        theirs = checkpoint.resolve().parent.parent / "origin"
-
-        def copy(aside: Path) -> None:
-            shutil.copytree(theirs, aside, dirs_exist_ok=True)
-
-        if theirs.is_dir():
-            made_once(folder, copy)
-
-    @property
-    def digest(self) -> str:
-        """Names the files by their contents; empty if there are none."""
-        if not self.folder.is_dir():
-            return ""
-        files = [[path.name, checksum(path)] for path in sorted(self.folder.iterdir()) if path.is_file()]
-        return hashlib.sha256(json.dumps(files).encode()).hexdigest() if files else ""
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The config.json of the checkpoint that the run began with."""
-        return _read_json(self.folder / "config.json")
-
-    @cached_property
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """Keyed by our names."""
-        return {name: _DTYPES[kind] for name, kind in _read_json(self.folder / "dtypes.json").items()}
 
 
 def export(
@@ -158,7 +95,7 @@ def _begin(checkpoint: Path, out: Path, aside: Path, replace: bool) -> bool:
         if path.exists() and not is_export(path):
             raise FileExistsError(f"{path} is there already, and no export; choose another folder or remove it")
     if out.exists():
-        same = _read_json(out / MANIFEST).get("checkpoint_digest") == _digest(checkpoint)
+        same = read_json(out / MANIFEST).get("checkpoint_digest") == _digest(checkpoint)
         broken = damaged_file(out)
         if same and broken is None:
             return False
@@ -177,13 +114,13 @@ def is_export(folder: Path) -> bool:
     """Whether a folder is empty, or was written by `export`, as its manifest shows."""
     if not folder.is_dir() or folder.is_symlink():
         return False
-    found = _read_json(folder / MANIFEST)
+    found = read_json(folder / MANIFEST)
     return not any(folder.iterdir()) or "checkpoint_digest" in found or found.get("unfinished") is True
 
 
 def damaged_file(folder: Path) -> str | None:
     """A file of an export that is not what its manifest says, or None if all are."""
-    files = _read_json(folder / MANIFEST).get("files")
+    files = read_json(folder / MANIFEST).get("files")
     if not isinstance(files, dict) or not files:
         return f"{MANIFEST} lists no files"
     for name, sha256 in files.items():
@@ -226,7 +163,7 @@ class _Files:
 
     def _dtype(self, name: str, wanted: str) -> torch.dtype:
         if wanted != "auto":
-            return _DTYPES[wanted]
+            return DTYPES[wanted]
         return (self.origin.dtypes if self.origin else {}).get(name, torch.bfloat16)
 
     def file_name(self, number: int) -> str:
@@ -269,19 +206,21 @@ class _Files:
             index = {"metadata": {"total_size": total}, "weight_map": {key: e["file"] for key, e in tensors.items()}}
             _write_json(folder / INDEX, index)
         if self.origin is not None:
-            for name in _KEPT_FILES:
+            for name in KEPT_FILES:
                 if (self.origin.folder / name).is_file():
                     shutil.copyfile(self.origin.folder / name, folder / name)
         base = self.origin.config if self.origin else None
         _write_json(folder / "config.json", config_to_hf(self.config, base, dtype=self._main_dtype()))
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, folder / "tokenizer.json")
+            _write_tokenizer(tokenizer, folder / "tokenizer.json", add_begin=self.origin is None)
         for name, content in _companions(self.config).items():
             if not (folder / name).exists():
                 if isinstance(content, str):
                     (folder / name).write_text(content, encoding="utf-8")
                 else:
                     _write_json(folder / name, content)
+        if learned_turns(read_state(self.checkpoint).get("config", {})):
+            _stop_at_turns(folder / "generation_config.json")
         made_from = {"checkpoint": self.checkpoint.name, "checkpoint_digest": _digest(self.checkpoint)}
         written = (path for path in sorted(folder.iterdir()) if path.name != MANIFEST)
         files = {path.name: checksum(path) for path in written}
@@ -297,6 +236,26 @@ class _Files:
             kind = str(dtype).removeprefix("torch.")
             sizes[kind] = sizes.get(kind, 0) + self.shapes[name].numel()
         return max(sizes, key=lambda kind: sizes[kind])
+
+
+def _write_tokenizer(source: Path, out: Path, *, add_begin: bool) -> None:
+    """A copy of a tokenizer; one that was trained here gets the begin of text that a released one puts first."""
+    tokenizer = Tokenizer.from_file(str(source))
+    if add_begin and tokenizer.post_processor is None:
+        tokenizer.post_processor = TemplateProcessing(
+            single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=[("<bos>", BOS)]
+        )
+        tokenizer.save(str(out))
+    else:
+        shutil.copyfile(source, out)
+
+
+def _stop_at_turns(path: Path) -> None:
+    """Add the tokens that end a turn to those at which generation stops."""
+    content = read_json(path)
+    found = content.get("eos_token_id", [])
+    stops = [found] if isinstance(found, int) else list(found or [])
+    _write_json(path, content | {"eos_token_id": list(dict.fromkeys([*stops, *STOPS]))})
 
 
 def _companions(config: Gemma4Config) -> dict[str, Any]:
@@ -333,16 +292,6 @@ def _entry(tensor: Tensor, file: str) -> dict[str, Any]:
         "bytes": tensor.numel() * tensor.element_size(),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise OSError(f"{path} is not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise OSError(f"{path} holds no object")
-    return found
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -49,6 +49,8 @@ class Progress:
     """All keys of the run that saved it."""
     steps: int = 0
     """Steps of that whole run."""
+    origin: str = ""
+    """Digest of the small files of the weights that the run began with; empty for drawn ones."""
 
     @classmethod
     def fresh(cls, run: Resolved, opened: Data, steps: int) -> Progress:

@@ -27,11 +27,12 @@ from train import screen
 from train.checkpoint import Checkpointer, read_state
 from train.corpus import prepare_data
 from train.engine import Engine
-from train.export import Origin, export
+from train.export import export
 from train.flops import media_flops, peak_flops, training_flops
 from train.metrics import Meter, step_line
 from train.objective import OBJECTIVES
 from train.optimizer import build_optimizer, set_learning_rate
+from train.origin import Origin, check_origin
 from train.plots import write_loss_curve
 from train.resolve import Resolved
 from train.resume import Progress, changes, find_checkpoint, progress_from, saved_progress
@@ -74,6 +75,7 @@ class Trainer:
         if checkpoint is not None:
             self.progress = progress_from(checkpoint, self.progress)
             changed = changes(saved_progress(checkpoint), self.progress)
+        self.exported: Path | None = None
         self.saved_step = self.progress.step if checkpoint is not None else None
         self._forecast_at = self.progress.step + 2  # the first step is slower
         self.trackers: list[Tracker] = []
@@ -91,6 +93,8 @@ class Trainer:
             compute_dtype=self.dtype,
             sequence_length=config.data.sequence_length,
         )
+        if world.rank == 0 and (run.weights is not None or checkpoint is not None):
+            self.progress = replace(self.progress, origin=Origin(config.origin).digest)
         self.model = self.parallel.model
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.objective = OBJECTIVES[config.train.objective](config.train)
@@ -105,14 +109,26 @@ class Trainer:
         """Drawn, or the slices of a released checkpoint; a resumed run reads its own checkpoint afterwards."""
         config, model = self.config, self.model_config
         if self.run.weights is None or checkpoint is not None:
-            if self.world.rank == 0 and checkpoint is not None:
-                Origin.inherit(config.origin, checkpoint)
+            if checkpoint is not None:
+                self._find_origin(checkpoint)
             return random_fill(config.run.seed, model.initializer_range, model.pad_token_id)
         weights = Weights(self.run.weights, model)
         if self.world.rank == 0:
             dtypes = {name: entry.dtype for name, entry in weights.entries.items()}
             Origin.remember(config.origin, self.run.weights, dtypes)
         return weights.fill
+
+    def _find_origin(self, checkpoint: Path) -> None:
+        """What exports need of the weights that the checkpoint's run began with; without it they are refused now."""
+        if self.world.rank == 0:
+            Origin.inherit(self.config.origin, checkpoint)
+        export_config, state = self.config.export, read_state(checkpoint)
+        try:
+            check_origin(state, self.config.origin, export_config.dtype if self.world.rank == 0 else "float32")
+        except UserError as error:
+            if export_config.every or export_config.at_end:
+                raise
+            log.warning("no export is possible yet: %s", error)
 
     @property
     def complete(self) -> bool:
@@ -196,10 +212,7 @@ class Trainer:
         grad_norm = self.engine.clip(config.train.max_grad_norm)
         if not math.isfinite(grad_norm):
             self.checkpointer.commit()
-            raise UserError(
-                f"gradient norm is {grad_norm} at step {self.progress.step + 1}; the weights were not touched: lower "
-                f"optimizer.lr (now {config.optimizer.lr}) and start again from the checkpoint before."
-            )
+            raise UserError(self._way_back(grad_norm))
         rate = learning_rate(config.schedule, config.optimizer.lr, self.progress.step, self.steps)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
@@ -214,6 +227,15 @@ class Trainer:
         if self.progress.step % config.train.log_every == 0 or self.progress.step in (1, self.steps):
             self._log(sums, {"grad_norm": grad_norm, "lr": rate, "supervised_tokens": supervised}, meter)
         return True
+
+    def _way_back(self, grad_norm: float) -> str:
+        """What to do about a step whose gradients are not finite."""
+        said = f"gradient norm is {grad_norm} at step {self.progress.step + 1}; the weights were not touched: "
+        lower = f"lower optimizer.lr (now {self.config.optimizer.lr})"
+        if self.progress.step and self.progress.step == self.saved_step:
+            spoilt = self.folder.checkpoints / f"step_{self.progress.step:08d}"
+            return f"{said}those of {spoilt} give it already; delete that folder, {lower} and start again."
+        return f"{said}{lower} and start again: the run goes on from its last checkpoint."
 
     def _log(self, sums: dict[str, Tensor], values: dict[str, float], meter: Meter) -> None:
         reduced = torch.stack([value.to(self.device) for value in sums.values()])
@@ -260,6 +282,8 @@ class Trainer:
         self.checkpointer.commit()
         checkpoint = self.folder.checkpoints / f"step_{self.progress.step:08d}"
         out = self.folder.path / "export" / checkpoint.name
+        if out == self.exported:
+            return
         origin = self.config.origin if self.config.origin.is_dir() else None
         export(
             checkpoint,
@@ -270,6 +294,7 @@ class Trainer:
             dtype=self.config.export.dtype,
             replace=True,
         )
+        self.exported = out
         log.info("exported to %s", out)
 
     def _finish(self) -> None:

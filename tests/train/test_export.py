@@ -29,8 +29,9 @@ from tests.harness.reference import (
 )
 from train.checkpoint import Checkpointer
 from train.config import OptimizerConfig
-from train.export import MANIFEST, Origin, export
+from train.export import MANIFEST, export
 from train.optimizer import build_optimizer
+from train.origin import Origin
 
 CPU = torch.device("cpu")
 
@@ -161,9 +162,7 @@ def test_an_export_is_made_once_and_overwrites_nothing_unasked(tmp_path: Path) -
     other = Path(shutil.copytree(checkpoint, tmp_path / "step_00000002"))
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps(manifest | {"of": "another run"}))
-    with pytest.raises(
-        UserError, match=r"holds the export of another checkpoint; choose another folder"
-    ):
+    with pytest.raises(UserError, match=r"holds the export of another checkpoint; choose another folder"):
         export(other, out, config)
     assert weights.stat().st_mtime_ns == before
     export(other, out, config, replace=True)
