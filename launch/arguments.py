@@ -33,6 +33,8 @@ def parse(schema: type[T], arguments: list[str], words: str | None = None) -> T:
             raise UserError(f"{key}={text} does not exist; nearest: {nearest(text, legal)} (all: {', '.join(legal)}).")
         if hints[key] == list[str]:
             values.setdefault(key, []).append(text)
+        elif key in values:
+            raise UserError(f"{key} is given twice; give it once.")
         else:
             values[key] = _convert(key, text, hints[key])
     for name in _required(schema):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model.attention import KeyValue
 from model.config import Gemma4Config, LayerType
+from model.errors import UserError
 from model.gemma4 import Gemma4
 from model.inputs import make_inputs
 from model.masks import AttentionMask, layer_masks
@@ -26,8 +27,18 @@ class Sampling:
     temperature: float = 1.0
     """0 is greedy."""
     top_k: int = 64
+    """Tokens of the highest scores that are drawn from; 0 for all."""
     top_p: float = 0.95
     generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `UserError` for a number that draws nothing."""
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature={self.temperature} is no temperature; give 0 (greedy) or a number above it.")
+        if self.top_k < 0:
+            raise UserError(f"top_k={self.top_k} leaves no token; give 0 (off) or how many are kept.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p} lies outside 0 to 1; 1 is off.")
 
 
 RELEASED, GREEDY = Sampling(), Sampling(temperature=0)
@@ -123,7 +134,9 @@ def sample(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     """One token per row: among the top k, the smallest set whose probability reaches top p."""
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1)
-    values, indices = logits_BV.div(sampling.temperature).topk(min(sampling.top_k, logits_BV.shape[-1]), dim=-1)
+    values, indices = logits_BV.div(sampling.temperature).topk(
+        min(sampling.top_k or logits_BV.shape[-1], logits_BV.shape[-1]), dim=-1
+    )
     probabilities = values.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
     probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)

@@ -5,6 +5,8 @@ An upgrade that takes any of it away fails in tests/parallel/test_torch_private.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
@@ -19,7 +21,17 @@ __all__ = [
     "compute_local_shape_and_global_offset",
     "default_store",
     "global_offset",
+    "own_store",
 ]
+
+
+def own_store() -> dist.Store:
+    """A connection of its own to the store of all ranks, for a thread beside one that may be waiting.
+
+    Any store has `clone`, which torch's type stubs do not know.
+    """
+    store: Any = default_store()
+    return store.clone()
 
 
 def global_offset(tensor: DTensor) -> tuple[int, ...]:

@@ -127,7 +127,8 @@ def test_private_names_of_torch_are_the_listed_ones() -> None:
 def test_every_config_key_is_explained() -> None:
     # here, so that a product that cannot be imported does not hide what the other guards say
     from train.config import Config
-    from train.load_config import get, leaves
+    from train.load_config import get
+    from train.overrides import leaves
 
     schemas = [source for source in product() if source.name in ("train/config.py", "parallel/options.py")]
     readme, config = text_of("README.md"), Config()

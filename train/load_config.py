@@ -7,9 +7,8 @@ valid choice. What keys mean together is for resolve.py.
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import math
 import re
-from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 from types import UnionType
@@ -17,19 +16,14 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import configs
 from model import ConfigError
 from model.errors import nearest
 from train.config import Config, OptimizerConfig, SourceConfig
-
-CONFIG_FOLDER = Path(configs.__file__).parent
-GROUPS = ("variant",)
+from train.overrides import CONFIG_FOLDER, PATHS, leaves, read_overrides
 
 
 def load_config(overrides: list[str]) -> Config:
@@ -37,8 +31,7 @@ def load_config(overrides: list[str]) -> Config:
 
     Raises `ConfigError`.
     """
-    parsed = _parse(overrides)
-    cleaned = [_checked(override) for override in parsed]
+    cleaned = read_overrides(overrides)
     ConfigStore.instance().store(name="schema", node=Config)
     try:
         with initialize_config_dir(config_dir=str(CONFIG_FOLDER), version_base="1.3"):
@@ -51,7 +44,14 @@ def load_config(overrides: list[str]) -> Config:
         raise ConfigError(_one_line(error)) from None
     assert isinstance(config, Config)
     _check_fields(config)
-    own_rate = config.optimizer.lr != OptimizerConfig().lr or any(o.key_or_group == "optimizer.lr" for o in parsed)
+    _expand_homes(config)
+    named = {text.partition("=")[0].lstrip("+") for text in cleaned}
+    # A length from the command line replaces that of a recipe, whichever unit either has.
+    if "train.epochs" in named and "train.steps" not in named:
+        config.train.steps = None
+    if "train.steps" in named and "train.epochs" not in named:
+        config.train.epochs = None
+    own_rate = config.optimizer.lr != OptimizerConfig().lr or "optimizer.lr" in named
     if config.model.weights is not None and not own_rate:
         raise ConfigError(
             f"model.weights={config.model.weights} would be trained at optimizer.lr={config.optimizer.lr}, "
@@ -59,58 +59,6 @@ def load_config(overrides: list[str]) -> Config:
             "+variant=e4b_it."
         )
     return config
-
-
-def _parse(overrides: list[str]) -> list[Override]:
-    parsed = []
-    for text in overrides:
-        try:
-            parsed += OverridesParser.create().parse_overrides([text])
-        except HydraException:
-            raise ConfigError(
-                f"'{text}' is not KEY=VALUE or +variant=NAME; quote values with special characters."
-            ) from None
-    return parsed
-
-
-def _checked(override: Override) -> str:
-    """The override as Hydra wants it, after its key and group choice were found to exist."""
-    key, text = override.key_or_group, override.input_line or ""
-    if override.is_delete() or override.is_sweep_override():
-        raise ConfigError(f"'{text}' deletes or sweeps; a run takes plain KEY=VALUE.")
-    if key in GROUPS:
-        names = sorted(path.stem for path in (CONFIG_FOLDER / key).glob("*.yaml"))
-        if str(override.value()) not in names:
-            near = nearest(str(override.value()), names)
-            raise ConfigError(f"{key}={override.value()} does not exist; nearest: {near} (all: {', '.join(names)}).")
-        return f"+{key}={override.value()}"
-    keys = dict(leaves(Config))
-    if key not in keys:
-        raise ConfigError(f"{key} is no config key; nearest: {max(keys, key=lambda k: _likeness(key, k))}.")
-    return text.lstrip("+")
-
-
-def leaves(schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and types of every key."""
-    own = get_type_hints(schema)
-    # Overrides of the model are made by name, with types that are no text to be looked up.
-    for field in dataclasses.fields(schema):
-        name, hint = field.name, own[field.name] if isinstance(field.type, str) else field.type
-        if dataclasses.is_dataclass(hint):
-            yield from leaves(hint, f"{prefix}{name}.")
-        else:
-            yield prefix + name, hint
-
-
-def _likeness(wrong: str, key: str) -> float:
-    """How well a mistyped key fits a real one: by its last part, or a word of it, then by the section."""
-
-    def ratio(a: str, b: str) -> float:
-        return difflib.SequenceMatcher(None, a, b).ratio()
-
-    (section, _, name), (wrong_section, _, wrong_name) = key.rpartition("."), wrong.rpartition(".")
-    by_word = max(ratio(wrong_name, word) for word in name.split("_"))
-    return max(ratio(wrong_name, name), 0.9 * by_word) + 0.3 * ratio(section, wrong_section)
 
 
 def _one_line(error: BaseException) -> str:
@@ -153,5 +101,23 @@ def _check_fields(section: Any, prefix: str = "") -> None:
             if choices and value not in choices:
                 near = nearest(value, choices)
                 raise ConfigError(f"{key}={value} does not exist; nearest: {near} (all: {', '.join(choices)}).")
+            endless = key == "train.max_grad_norm" and value == math.inf
+            if isinstance(value, float) and not math.isfinite(value) and not endless:
+                raise ConfigError(f"{key}={value} is no finite number; give one.")
             if least is not None and value < least:
                 raise ConfigError(f"{key}={value} is too small; smallest legal: {least}.")
+
+
+def _expand_homes(config: Config) -> None:
+    for key in PATHS:
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        if isinstance(value, str) and value.startswith("~"):
+            setattr(getattr(config, section), name, str(Path(value).expanduser()))
+    for source in config.data.sources:
+        source.path = str(Path(source.path).expanduser()) if source.path.startswith("~") else source.path
+
+
+def printed(config: Config) -> str:
+    """A config as YAML, which a run takes back as a file of keys."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

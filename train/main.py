@@ -34,7 +34,8 @@ import torch.distributed as dist
 from model import UserError
 from parallel.torch_private import default_store
 from parallel.world import World, init_process_group, is_lost_rank, select_device
-from train.load_config import load_config
+from train.load_config import load_config, printed
+from train.overrides import without_print
 from train.resolve import resolve
 from train.watch import ERROR
 
@@ -61,6 +62,12 @@ def _leave(world: World, message: str) -> NoReturn:
     os._exit(1)
 
 
+def _log_to_console(world: World) -> None:
+    """What rank 0 says, errors of the others, and nothing of the libraries below an error."""
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("gemwright").setLevel(logging.INFO if world.rank == 0 else logging.ERROR)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Train as the command line says; the exit status, after one line for a mistake of the user's."""
     overrides = sys.argv[1:] if arguments is None else arguments
@@ -69,11 +76,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         world = World.from_environment()
+        if without_print(overrides) != overrides:  # --cfg job
+            print(printed(load_config(without_print(overrides))), end="")
+            return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("gemwright").setLevel(logging.INFO if world.rank == 0 else logging.ERROR)
+    _log_to_console(world)
     try:
         config = load_config(overrides)
         device = select_device(config.run.device, world)

@@ -11,7 +11,7 @@ import time
 
 import torch.distributed as dist
 
-from parallel.torch_private import default_store
+from parallel.torch_private import default_store, own_store
 from parallel.world import World
 from train.stop_request import StopRequest
 
@@ -53,7 +53,7 @@ class Watch:
             self._thread.join()
 
     def _run(self) -> None:
-        store: dist.Store | None = default_store().clone()  # the main thread's connection may be waiting
+        store: dist.Store | None = own_store()  # the main thread's connection may be waiting
         neighbour = _Neighbour((self.world.rank + 1) % self.world.size, self.silence)
         beat, told, left = 0, False, 0.0
         while not self._closed.wait(_BEAT_SECONDS):

@@ -108,9 +108,19 @@ def fields_from_hf(raw: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"config.json has model_type {kind}; this reads {', '.join(legal)}; nearest: {nearest(kind, legal)}."
         )
+    if raw.get("quantization_config"):
+        raise ConfigError(
+            "config.json has a quantization_config; only weights of 16 or 32 bits are read: give the checkpoint that "
+            "is not quantised, or remove that key if these weights are not."
+        )
     if not raw.get("tie_word_embeddings", True):
         raise ConfigError("config.json has tie_word_embeddings=false; every Gemma 4 ties them, and only that is built.")
     text = raw if kind in TEXT_ONLY else raw.get("text_config") or {}
+    if text.get("rope_scaling"):
+        raise ConfigError(
+            f"config.json has rope_scaling={json.dumps(text['rope_scaling'])}; no Gemma 4 has any: give "
+            "rope_parameters, or remove that key."
+        )
     fields = _text_fields(text, unified=kind.startswith("gemma4_unified"))
     eos = text.get("eos_token_id", raw.get("eos_token_id", 1))
     fields["eos_token_id"] = eos[0] if isinstance(eos, list) else 1 if eos is None else eos

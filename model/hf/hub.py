@@ -28,7 +28,7 @@ def resolve(source: str) -> Path:
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
-        return folder
+        return _model_in(folder)
     hub_id = HUB_IDS.get(source, source)
     if hub_id.count("/") != 1 or source.startswith((".", "/", "~")):
         near = nearest(source, HUB_IDS)
@@ -36,6 +36,30 @@ def resolve(source: str) -> Path:
             f"weights {source} is neither a folder nor a hub id such as google/gemma-4-E4B; nearest name: {near}."
         )
     return _fetched(hub_id)
+
+
+def _model_in(folder: Path) -> Path:
+    """A folder of weights itself, or the newest export of a run's folder. Raises `WeightsError` for other kinds."""
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "adapter_config.json").is_file():
+        raise WeightsError(
+            f"{folder} holds an adapter, not a model; merge it into its model first, and give that folder."
+        )
+    if (folder / "state.json").is_file():
+        raise WeightsError(
+            f"{folder} is a checkpoint of a run; go on from it with run.resume={folder}, or export it: "
+            f"gemwright export run={folder.parent.parent} checkpoint={folder.name} out=FOLDER."
+        )
+    if (folder / "checkpoints").is_dir():
+        exports = sorted(path.parent for path in folder.glob("export/step_*/gemwright_export.json"))
+        if not exports:
+            raise WeightsError(
+                f"{folder} is a run without an export; make one: gemwright export run={folder} out=FOLDER."
+            )
+        log.info("%s is a run; its newest export is %s", folder, exports[-1])
+        return exports[-1]
+    return folder
 
 
 @cache

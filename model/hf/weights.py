@@ -8,6 +8,7 @@ tensor is then read once, only the rows that are wanted, a piece at a time. See 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from model.encoders.config import ENCODERS
 from model.errors import UserError
 from model.gemma4 import Gemma4
 from model.init import Slice, initialised_tensors
+
+log = logging.getLogger("gemwright")
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -82,8 +85,7 @@ class Weights:
         for name, shape in self._wanted.items():
             entry = self.entries.get(name)
             if entry is None:
-                key = disk_key(name, text_only=self.text_only)
-                raise WeightsError(f"{self.folder} has no tensor {key}; fetch the checkpoint again.")
+                raise WeightsError(self._missing(disk_key(name, text_only=self.text_only)))
             if entry.shape != tuple(shape):
                 raise WeightsError(
                     f"{entry.key} in {entry.file} has shape {list(entry.shape)} where config.json makes it "
@@ -96,9 +98,40 @@ class Weights:
                     "config and weights are of different models."
                 )
 
+    def _missing(self, key: str) -> str:
+        """Why a tensor is not there: the checkpoint lacks it, or has other prefixes."""
+        tail = key.removeprefix("model.").removeprefix("language_model.")
+        other = next((entry.key for entry in self.entries.values() if entry.key.endswith(tail)), None)
+        if other is None:
+            return f"{self.folder} has no tensor {key}; fetch the checkpoint again."
+        return (
+            f"{self.folder} has {other} where {key} is read; its keys have other prefixes than a released checkpoint: "
+            "save it again with save_pretrained of transformers, or rename them."
+        )
+
+    def _require_tied(self) -> None:
+        """Every Gemma 4 writes with its token table; a head of its own in the file would be lost."""
+        head = next((entry for name, entry in self.entries.items() if name.endswith("lm_head.weight")), None)
+        table = self.entries.get("language_model.embed_tokens.weight")
+        if head is None or table is None:
+            return
+        with safe_open(head.file, framework="pt") as heads, safe_open(table.file, framework="pt") as tables:
+            first, second = heads.get_slice(head.key), tables.get_slice(table.key)
+            rows = max(1, _ELEMENTS_PER_PIECE // max(1, table.shape[-1]))
+            same = head.shape == table.shape and all(
+                torch.equal(first[start : start + rows], second[start : start + rows])
+                for start in range(0, table.shape[0], rows)
+            )
+        if not same:
+            raise WeightsError(
+                f"{head.key} in {head.file} is another matrix than {table.key}, which Gemma 4 uses in its place; "
+                "remove it from the file if it is a leftover, else this is another model."
+            )
+
     def fill(self, slices: list[Slice]) -> None:
         """Read slices of the model's tensors, file after file; nothing is read if any tensor does not fit."""
         self._check()
+        self._require_tied()
         by_file: dict[Path, list[Slice]] = {}
         unknown = [part.name for part in slices if part.name not in self.entries]
         if unknown:
@@ -149,9 +182,10 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
     if not folder.is_dir():
         raise WeightsError(f"{folder} is no folder; give one that holds config.json and {SINGLE} or {INDEX}.")
     index = folder / INDEX
+    if (folder / SINGLE).is_file():  # what transformers opens too
+        _name_unused(folder, {SINGLE})
+        return {folder / SINGLE: None}
     if not index.is_file():
-        if (folder / SINGLE).is_file():
-            return {folder / SINGLE: None}
         shards = sorted(folder.glob("*.safetensors"))
         if shards:
             raise WeightsError(f"{folder} holds {len(shards)} weight shards but no {INDEX}; fetch that file too.")
@@ -165,7 +199,17 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
             keys.add(key)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise WeightsError(f"{index} is no index of weights ({error!r}); fetch it again.") from None
+    _name_unused(folder, {path.name for path in promised} | {INDEX})
     return promised
+
+
+def _name_unused(folder: Path, used: set[str]) -> None:
+    """Files of weights that are passed over are named once."""
+    weights = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.gguf")
+    found = sorted({path.name for pattern in weights for path in folder.glob(pattern)} - used)
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        log.warning("%s: read from %s; %s%s not read", folder, min(used), ", ".join(found[:3]), more)
 
 
 def _read_header(file: Path, promised: set[str] | None) -> Iterator[Entry]:

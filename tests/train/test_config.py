@@ -7,7 +7,8 @@ import yaml
 
 from model import ConfigError
 from model.variants import VARIANT_NAMES
-from train.load_config import CONFIG_FOLDER, load_config
+from train.load_config import load_config
+from train.overrides import CONFIG_FOLDER
 from train.resolve import resolve
 
 
@@ -80,7 +81,7 @@ BAD = [
     ("nonsense", "is not KEY=VALUE"),
     ("~train.steps", "a run takes plain KEY=VALUE."),
     ("train.steps=1,2", "a run takes plain KEY=VALUE."),
-    ("train=3", "train is no config key"),
+    ("train=3", "train is a section, not a key"),
 ]
 
 

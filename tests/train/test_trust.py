@@ -89,6 +89,10 @@ def poison_metadata(checkpoint: Path, payload: object) -> None:
     (checkpoint / ".metadata").write_bytes(pickle.dumps(payload))
 
 
+def spoil_metadata(checkpoint: Path) -> None:
+    (checkpoint / ".metadata").write_bytes(b"\x80\x04garbage")
+
+
 def poison_entry(checkpoint: Path) -> None:
     """A tensor's name now stands for bytes, which torch would unpickle."""
     path = checkpoint / ".metadata"
@@ -113,7 +117,7 @@ POISON: dict[str, tuple[Callable[[Path], None], str]] = {
     "a function of Python": (lambda c: poison_metadata(c, Evaluating()), r"names builtins\.eval, which no checkpoint"),
     "bytes for a tensor": (poison_entry, "BytesStorageMetadata, which no checkpoint of a run holds"),
     "a file elsewhere": (poison_place, "a file outside of the checkpoint"),
-    "no pickle": (lambda c: (c / ".metadata").write_bytes(b"\x80\x04garbage") and None, "cannot be read"),
+    "no pickle": (spoil_metadata, "cannot be read"),
 }
 
 
@@ -184,9 +188,7 @@ def test_values_that_are_not_finite_are_not_saved(copy: Path) -> None:
 def test_the_way_back_from_spoilt_weights_is_named_and_can_be_gone(copy: Path) -> None:
     train_on(1, overrides(copy, "train.steps=5", "optimizer.lr=1e30", "schedule.name=constant"))
     spoilt = copy / "run" / "checkpoints" / "step_00000005"
-    with pytest.raises(
-        AssertionError, match=rf"those of {spoilt} give it already; delete that folder, lower optimizer"
-    ):
+    with pytest.raises(AssertionError, match=rf"those of {spoilt} give it already; delete that folder"):
         train_on(1, overrides(copy, "train.steps=6"))
     shutil.rmtree(spoilt)
     train_on(1, overrides(copy, "train.steps=6"))

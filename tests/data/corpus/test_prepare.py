@@ -71,7 +71,9 @@ def test_the_same_bytes_are_the_same_corpus_wherever_they_lie(tmp_path: Path) ->
 
 
 def test_a_staged_folder_reads_its_own_pictures(tmp_path: Path) -> None:
-    here = write_media(tmp_path / "here") if (tmp_path / "here").mkdir() is None else tmp_path
+    here = tmp_path / "here"
+    here.mkdir()
+    write_media(here)
     write(here, [chat(user({"type": "image", "path": "cat.png"}, text("What?")), model())])
     TOKENIZER.save(str(tmp_path / "tokenizer.json"))
     settings = Settings(E4B, LENGTH, 0, tmp_path / "tokenizer.json", cache=tmp_path / "cache")
