@@ -70,6 +70,21 @@ def none_of(problems: list[str]) -> None:
         pytest.fail("\n".join(problems), pytrace=False)
 
 
+READS = re.compile(
+    r"pickle\.(loads?|Unpickler)\b|torch\.load\(|np\.(load|memmap)\(|json\.loads?\(|OmegaConf\.load\(|\.from_file\("
+    r"|\bsafe_open\(|\bload_file\(|all_gather_object\(|dcp\.load\(|Image\.open\(|av\.open\(|yaml\.\w*load|marshal\.|shelve\."
+)
+
+
+def test_every_place_that_deserialises_is_in_the_table_of_what_is_read() -> None:
+    text = text_of("docs/architecture.md")
+    table = text[text.index("**What is read, and what may be in it.**") : text.index(" run.dir/")]
+    listed = set(re.findall(r"\]\(\.\./([\w/]+\.py)\)", table)) - {"tests/test_house.py"}
+    found = {source.name for source in product() if READS.search(text_of(source.name))}
+    none_of([f"{name}: deserialises, and is not in the table of docs/architecture.md" for name in found - listed])
+    none_of([f"{name}: is in the table of docs/architecture.md, and deserialises nothing" for name in listed - found])
+
+
 def test_folders_import_in_one_direction() -> None:
     problems = []
     for source in product():

@@ -94,6 +94,8 @@ class Shard:
             if digests is not None:
                 self._compare(meta["sha256"], digests)
             self.offsets: NDArray[np.int64] = np.load(folder / _OFFSETS)
+            if meta["dtype"] not in ("uint16", "uint32"):
+                raise ValueError(f"dtype {meta['dtype']!r}")
             self.tokens = np.memmap(folder / TOKENS, dtype=meta["dtype"], mode="r")
             self.vocab_size = int(meta["vocab_size"])
             self.counts = Counts.read(meta["counts"])
