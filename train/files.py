@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
+from functools import cache
 from pathlib import Path
+
+log = logging.getLogger("gemwright")
+
+_NOT_FOR_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def replace_file(path: Path, text: str, *, mode: int | None = None) -> None:
@@ -20,7 +27,19 @@ def replace_file(path: Path, text: str, *, mode: int | None = None) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make durable what was created, renamed or removed in a folder."""
+    """Make durable what was created, renamed or removed in a folder, where its file system can do that for folders."""
     descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_FOR_FOLDERS:
+            raise
+        _warn(os.fstat(descriptor).st_dev)
+    finally:
+        os.close(descriptor)
+
+
+@cache
+def _warn(device: int) -> None:
+    """Once for each file system."""
+    log.warning("file system %d cannot make folders durable: a crash of the machine may lose the newest file", device)

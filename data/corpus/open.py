@@ -106,5 +106,6 @@ def _check_vocabulary(found: int, model: Gemma4Config) -> None:
     if found > legal:
         raise ConfigError(
             f"the tokenizer has {found} pieces, more than the model's vocabulary of {legal}; "
-            "give a smaller tokenizer or a larger model.vocab_size and model.vocab_size_per_layer_input."
+            "give a smaller tokenizer or a larger model.vocab_size and model.vocab_size_per_layer_input; released "
+            "weights need larger tables first (resize_token_embeddings of transformers, and per-layer tables alike)."
         )

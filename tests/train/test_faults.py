@@ -135,6 +135,12 @@ import errno, fcntl, os
 def refuse(*_):
     raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 fcntl.lockf = fcntl.flock = refuse
+fsync = os.fsync
+def only_files(descriptor):
+    if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    fsync(descriptor)
+os.fsync = only_files
 """
 MACOS = """
 import multiprocessing, os
@@ -151,10 +157,11 @@ def driven(before: str, arguments: list[str], folder: Path) -> subprocess.Comple
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
 
 
-def test_a_file_system_without_locks_is_a_warning(tmp_path: Path) -> None:
+def test_a_file_system_without_locks_and_durable_folders_is_a_warning(tmp_path: Path) -> None:
     done = driven(NO_LOCKS, overrides(tmp_path, "train.steps=1"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert "the file system has no locks, so a second job in this folder would not be noticed" in done.stdout
+    assert done.stdout.count("cannot make folders durable") == 1, done.stdout
 
 
 def test_what_macos_lacks_is_not_needed(tmp_path: Path) -> None:

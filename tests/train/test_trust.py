@@ -14,14 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers import AutoTokenizer
 
-from launch.export import Options, export_run
 from model import UserError
 from parallel.world import World
 from tests.harness.distributed import run_ranks
+from tests.harness.exports import export_of
 from tests.harness.fuzz import VALUES
 from tests.harness.runs import losses, overrides, train_on
 from train.checkpoint import Checkpointer
@@ -57,18 +56,6 @@ def resign(checkpoint: Path) -> None:
         data = (checkpoint / name).read_bytes()
         files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     path.write_text(json.dumps({"files": files}))
-
-
-def export_of(copy: Path, out: Path, **more: Any) -> None:
-    def command(world: World) -> None:
-        dist.destroy_process_group()  # the command makes its own
-        try:
-            export_run(Options(str(copy / "run"), str(out), **more))
-        finally:
-            if not dist.is_initialized():
-                dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-
-    run_ranks(1, command)
 
 
 class Hostile:

@@ -16,10 +16,12 @@ from model import ConfigError, Gemma4Config, UserError
 from model.hf.hub import load_model
 from tests.harness.compare import hold
 from tests.harness.distributed import run_ranks
+from tests.harness.exports import export_of
 from tests.harness.multimodal import save_reference, whole_reference
 from tests.harness.runs import losses, make_corpus, overrides, records, train_on, train_once
 from train.export import MANIFEST
 from train.load_config import load_config
+from train.origin import Origin
 from train.resolve import resolve
 
 NAME = "gemma4_tiny_e4b"
@@ -167,3 +169,45 @@ def test_weights_are_not_trained_at_the_rate_of_a_tiny_model_from_scratch(releas
 def test_a_frozen_encoder_without_weights_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"would keep a tower of random weights; give model.weights, or set train\.$"):
         resolve(load_config(["+variant=tiny_31b", "model.vision=freeze"]), 1)
+
+
+def test_an_export_without_what_the_run_kept_of_its_weights_is_refused_unless_asked_for(
+    released: Path, tmp_path: Path
+) -> None:
+    train_on(1, arguments(tmp_path, released, "train.steps=1"))
+    run = tmp_path / "run"
+    checkpoint = run / "checkpoints" / "step_00000001"
+    assert json.loads((checkpoint / "state.json").read_text())["origin"] == Origin(run / "origin").digest != ""
+
+    def export(**more: str) -> None:
+        export_of(tmp_path, tmp_path / "out", **more)
+
+    kept = (run / "origin" / "dtypes.json").read_text()
+    for change in (kept.replace("bfloat16", "float32", 1), None):
+        if change is None:
+            shutil.rmtree(run / "origin")
+        else:
+            (run / "origin" / "dtypes.json").write_text(change)
+        with pytest.raises(AssertionError, match=r"UserError: .*origin lacks what the run kept of"):
+            export()
+    export(dtype="float32")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+    archive = Path(shutil.copytree(checkpoint, tmp_path / "archive" / "checkpoints" / checkpoint.name))
+    branch = [f"run.resume={archive}", "train.steps=2", f"run.dir={tmp_path / 'branch'}"]
+    with pytest.raises(AssertionError, match=r"UserError: .*branch/origin lacks what the run kept"):
+        train_on(1, arguments(tmp_path, released, *branch, "export.at_end=true"))
+    train_on(1, arguments(tmp_path, released, *branch))
+    assert len(losses(tmp_path / "branch")) == 1
+
+
+def test_weights_that_learned_from_conversations_stop_at_a_turn_s_end(released: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(released, tmp_path / "base"))
+    (base / "generation_config.json").write_text('{"eos_token_id": 1, "top_k": 9}')
+    line = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "This."}]}
+    (tmp_path / "chats.jsonl").write_text(json.dumps(line) + "\n")
+    chat = ["data.format=chat", f"data.source={tmp_path / 'chats.jsonl'}", "train.steps=1"]
+    chat += ["model.vision=none", "model.audio=none"]
+    train_on(1, arguments(tmp_path, base, *chat, "export.every=1", "export.at_end=true"))
+    found = json.loads((tmp_path / "run" / "export" / "step_00000001" / "generation_config.json").read_text())
+    assert found == {"eos_token_id": [1, 106, 50], "top_k": 9}
