@@ -94,6 +94,7 @@ class ChatFormat:
                     with reading.forgiving():
                         chats.append(self._open(parse_line(value, where), path.parent.absolute(), root))
                 measured.fill((file.kind, file.path) for chat in chats for file in chat.files)
+                reading.media |= {file.path.resolve() for chat in chats for file in chat.files}
                 yield from _fitting(_tokens(chats, measured, tokenizer, reading), self.sequence_length, reading)
         reading.finish()
 

@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO, TypeAlias
@@ -26,7 +26,7 @@ from data.corpus.counts import Counts
 from data.corpus.digests import Digests
 from data.corpus.packing import Packing
 from data.corpus.reading import Reading, SourceError, go_on
-from data.corpus.shards import Shard, write_shard
+from data.corpus.shards import Document, Shard, write_shard
 from data.corpus.sources import SourceFiles
 from data.corpus.text import TextFormat
 from data.tokenizer import load_tokenizer
@@ -87,7 +87,7 @@ def prepare(source: str, format: Format, cache: Path | None = None, policy: Poli
     roots = [path.parent.absolute() for path in found.files]
     shard = Shard(folder, roots, digests if policy.verify else None)
     twice = len(found.files) - len({digests.of(path) for path in found.files})
-    shard.counts = replace(shard.counts, files=found.passed_over, twice=twice)
+    shard.counts = replace(shard.counts, files=shard.counts.files | found.passed_over, twice=twice)
     digests.save()
     _check_counts(source, shard.counts, policy)
     tokenizer = load_tokenizer(folder)
@@ -162,11 +162,20 @@ def _make(folder: Path, source: str, found: SourceFiles, format: Format, policy:
     format.check(tokenizer)
     tokenizer.save(str(folder / "tokenizer.json"))
     reading = Reading(found.files, policy.on_bad, policy.check_stop)
-    write_shard(folder, format.documents(tokenizer, reading), tokenizer.get_vocab_size(), reading.counts)
+    documents = _counted(format.documents(tokenizer, reading), found, reading)
+    write_shard(folder, documents, tokenizer.get_vocab_size(), reading.counts)
     if not reading.counts.kept:
         raise SourceError(
             f"data.source={source} leaves nothing to train on ({str(reading.counts) or 'it is empty'}); {format.fix}."
         )
+
+
+def _counted(documents: Iterator[Document], found: SourceFiles, reading: Reading) -> Iterator[Document]:
+    """The documents; when all are read, media of the source that no line names are counted."""
+    yield from documents
+    unnamed = {path.resolve() for path in found.media} - reading.media
+    if unnamed:
+        reading.counts.files["media that no line names"] = len(unnamed)
 
 
 def _check_counts(source: str, counts: Counts, policy: Policy) -> None:

@@ -40,6 +40,8 @@ class Reading:
     on_bad: str = "refuse"
     check_stop: Callable[[], None] = go_on
     counts: Counts = field(default_factory=Counts)
+    media: set[Path] = field(default_factory=set)
+    """Files that lines name."""
 
     def __post_init__(self) -> None:
         self._total, self._done = sum(path.stat().st_size for path in self.files), 0

@@ -62,6 +62,8 @@ class SourceFiles(NamedTuple):
 
     files: list[Path]
     passed_over: dict[str, int]
+    media: Sequence[Path] = ()
+    """Pictures, sounds and videos beside conversations, which may name them."""
 
 
 def source_files(source: str, types: Sequence[str] = TEXTS) -> SourceFiles:
@@ -79,7 +81,7 @@ def source_files(source: str, types: Sequence[str] = TEXTS) -> SourceFiles:
         root, found = path, [p for p in path.rglob("*") if p.is_file()]
     else:
         root, found = Path(), [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
-    files, passed_over = [], dict[str, int]()
+    files, media, passed_over = [], [], dict[str, int]()
     for file in sorted(found):
         parts = (file.relative_to(root) if path.is_dir() else Path(file.name)).parts
         why = _not_read(file, types, by_pattern=not path.is_dir())
@@ -87,6 +89,8 @@ def source_files(source: str, types: Sequence[str] = TEXTS) -> SourceFiles:
             why = "hidden"
         if why is None:
             files.append(file)
+        elif why in _MEDIA and types == (".jsonl",):
+            media.append(file)
         else:
             add(passed_over, [why])
     if not files:
@@ -96,7 +100,7 @@ def source_files(source: str, types: Sequence[str] = TEXTS) -> SourceFiles:
             f"{f' (only {beside})' if beside else ''}; give a file, a folder or a glob of {', '.join(types)} files"
             f"{'' if types == ('.jsonl',) else f', or {PYTHON_STDLIB}'}."
         )
-    return SourceFiles(files, passed_over)
+    return SourceFiles(files, passed_over, media)
 
 
 def read_texts(files: Sequence[Path], reading: Reading) -> Iterator[tuple[str, bool]]:

@@ -80,6 +80,7 @@ def test_a_staged_folder_reads_its_own_pictures(tmp_path: Path) -> None:
 
     def opened(folder: Path) -> tuple[str, list[str]]:
         data = open_data([Source(str(folder), 1, "chat")], settings)
+        assert data.datasets[0].shard.counts.files == {"media that no line names": 3}, "wide.png, song.wav, film.mp4"
         assert len(data.dataset[0].images) == 1
         return data.name, [file.path for file in data.datasets[0].shard.document(0).media]
 
