@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -41,6 +43,13 @@ MEDIA_TOKENS = ("<|image>", "<|audio>", "<|image|>", "<|audio|>", "<image|>", "<
 
 class TokenizerError(UserError):
     """A tokenizer that cannot be used."""
+
+
+@cache
+def use_all_processors() -> None:
+    """Let tokenizers work in threads here, and not in what is forked from here, where those threads are missing."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:

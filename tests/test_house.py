@@ -55,7 +55,6 @@ UNEXPLAINED = {
     "named as AdamW names them": "optimizer.beta1 optimizer.beta2 optimizer.eps",
     "named as wandb names them": "trackers.wandb.project trackers.wandb.entity trackers.wandb.name "
     "trackers.wandb.group trackers.wandb.tags",
-    "explained beside data.tokenizer": "data.tokenizer_vocab_size",
 }
 
 # Sentences that begin with one of these words are mostly fragments.

@@ -29,7 +29,7 @@ from data.corpus.reading import Reading, SourceError, go_on
 from data.corpus.shards import Document, Shard, write_shard
 from data.corpus.sources import SourceFiles
 from data.corpus.text import TextFormat
-from data.tokenizer import load_tokenizer
+from data.tokenizer import load_tokenizer, use_all_processors
 
 log = logging.getLogger("gemwright")
 
@@ -156,8 +156,7 @@ def _is_free(descriptor: int) -> bool:
 
 
 def _make(folder: Path, source: str, found: SourceFiles, format: Format, policy: Policy) -> None:
-    # A forked worker of a loader would warn that threads were used before; it does not tokenise.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    use_all_processors()
     tokenizer = format.make_tokenizer(Reading(found.files, policy.on_bad, policy.check_stop))
     format.check(tokenizer)
     tokenizer.save(str(folder / "tokenizer.json"))

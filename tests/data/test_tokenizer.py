@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from data.tokenizer import MEDIA_TOKENS, TokenizerError, load_tokenizer, train_tokenizer
+from data.tokenizer import MEDIA_TOKENS, TokenizerError, load_tokenizer, train_tokenizer, use_all_processors
+from parallel.world import World
+from tests.harness.distributed import run_ranks
 
 
 def test_special_tokens_sit_where_gemma_has_them() -> None:
@@ -50,3 +52,16 @@ def test_settings_of_a_tokenizer_s_last_use_are_switched_off(
     loaded = load_tokenizer(tmp_path)
     assert loaded.encode(text).ids == whole == loaded.encode_batch([text, "a"])[0].ids
     assert caplog.messages == [f"{tmp_path / 'tokenizer.json'} holds settings for {name}, which are switched off"]
+
+
+def test_a_forked_process_tokenises_although_threads_did_before(capfd: pytest.CaptureFixture[str]) -> None:
+    use_all_processors()
+    tokenizer = train_tokenizer(["some text to learn from " * 50], 400)
+    texts = ["some text", "to learn from"] * 64
+    expected = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+
+    def again(_: World) -> list[list[int]]:
+        return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+
+    assert run_ranks(1, again, timeout=60) == [expected]
+    assert "forked" not in capfd.readouterr().err
