@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, run
 
-_HANDED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+_HANDED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 """Signals that the launcher hands on to its workers before it ends; SLURM warns of a time limit by the last."""
 _SHUTDOWN_SECONDS = 90  # what workers get, told to stop, to write a checkpoint; torch gives 30
 
@@ -26,9 +27,18 @@ _SHUTDOWN_SECONDS = 90  # what workers get, told to stop, to write a checkpoint;
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Options of torch's launcher, with `--nproc` too, and time for a last checkpoint when stopped."""
     parser = get_args_parser()
-    parser.set_defaults(shutdown_timeout=_SHUTDOWN_SECONDS, signals_to_handle=_HANDED_ON)
+    parser.set_defaults(shutdown_timeout=_SHUTDOWN_SECONDS, signals_to_handle=handed_on())
     parser.add_argument("--nproc", dest="nproc_per_node", type=str, default=argparse.SUPPRESS)
     return parser.parse_args(arguments)
+
+
+def handed_on() -> str:
+    """The signals to hand on, but for those that whoever started the launcher has it ignore.
+
+    launch/slurm/train.sbatch does so: there a signal reaches every process by itself, and a launcher that ended by it
+    would end the other nodes while they save.
+    """
+    return ",".join(name for name in _HANDED_ON if signal.getsignal(signal.Signals[name]) != signal.SIG_IGN)
 
 
 def usable_processors() -> int:

@@ -119,14 +119,14 @@ class Trainer:
         return weights.fill
 
     def _find_origin(self, checkpoint: Path) -> None:
-        """What exports need of the weights that the checkpoint's run began with; without it they are refused now."""
-        if self.world.rank == 0:
-            Origin.inherit(self.config.origin, checkpoint)
-        export_config, state = self.config.export, read_state(checkpoint)
+        """On rank 0: what exports need of the weights that the checkpoint's run began with; or they are refused now."""
+        if self.world.rank != 0:
+            return
+        Origin.inherit(self.config.origin, checkpoint)
         try:
-            check_origin(state, self.config.origin, export_config.dtype if self.world.rank == 0 else "float32")
+            check_origin(read_state(checkpoint), self.config.origin, self.config.export.dtype)
         except UserError as error:
-            if export_config.every or export_config.at_end:
+            if self.config.export.every or self.config.export.at_end:
                 raise
             log.warning("no export is possible yet: %s", error)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from launch.torchrun import parse
@@ -28,3 +30,12 @@ def test_the_script_s_own_arguments_are_left_alone() -> None:
     assert parsed.nproc_per_node == "2" and parsed.nnodes == "1:1"
     assert parsed.training_script_args == ["--nproc", "5", "--nnodes", "3"]
     assert parse(["x.py"]).nproc_per_node == "1"
+
+
+def test_signals_that_are_ignored_are_not_handed_on() -> None:
+    assert "SIGUSR1" in parse(["x.py"]).signals_to_handle.split(",")
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        assert parse(["x.py"]).signals_to_handle == "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
+    finally:
+        signal.signal(signal.SIGUSR1, before)
