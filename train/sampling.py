@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from model.generate import Sampling, generate
 from parallel.apply import ParallelModel
 from parallel.tensor.tokens import tokens_on_every_rank
 from train.resolve import Resolved
+
+log = logging.getLogger("gemwright")
 
 _FOUND, _TRIED = 3, 64
 """Prompts taken of the data, and documents that are looked at for them."""
@@ -41,7 +44,10 @@ def sample_prompts(run: Resolved, data: Data) -> list[Prompt]:
     """
     given, tokenizer = run.config.train.sample_prompts, data.tokenizer
     if given is None:
-        return list(islice(_beginnings(data), _FOUND))
+        found = list(islice(_beginnings(data), _FOUND))
+        if not found:
+            log.warning("no samples: the first documents all begin with media; give train.sample_prompts")
+        return found
     if not isinstance(data.format, ChatFormat):
         return [Prompt(text, [BOS, *tokenizer.encode(text, add_special_tokens=False).ids]) for text in given]
     size, prompts = template_size(run.model), []

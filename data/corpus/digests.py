@@ -13,8 +13,9 @@ INDEX = ".digests.json"
 class Digests:
     """SHA-256 of files, read once each: an index tells which bytes were read before.
 
-    A file counts as read if its place on the disk, size, and times of change are those of then. The time at which its
-    inode changed cannot be set by a program, so a file that was written to is read anew, whatever its date says.
+    A file counts as read if its inode, size, and times of change are those of then, on whichever node it is seen. The
+    time at which its inode changed cannot be set by a program, so a file that was written to is read anew, whatever
+    its date says.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -57,4 +58,4 @@ class Digests:
 
 def _identity(path: Path) -> str:
     status = path.stat()
-    return f"{status.st_dev}/{status.st_ino}/{status.st_size}/{status.st_mtime_ns}/{status.st_ctime_ns}"
+    return f"{status.st_ino}/{status.st_size}/{status.st_mtime_ns}/{status.st_ctime_ns}"
