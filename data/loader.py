@@ -10,9 +10,6 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import signal
-import threading
-import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +19,7 @@ from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import Stateful, StatefulDataLoader
 
 from data.batch import Batch, Row, collate
+from data.workers import begin_worker
 from model import Gemma4Config, UserError
 
 
@@ -139,14 +137,4 @@ def _as_it_is(batch: Batch | UserError | bytes) -> Batch | UserError | bytes:
 
 
 def _begin_worker(worker: int) -> None:
-    """A launcher signals a whole process group: workers live on until the trainer has saved, and end with it."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with(trainer: int) -> None:
-    """End this worker once its trainer is gone, also where it waits for a full pipe to be read."""
-    while os.getppid() == trainer:
-        time.sleep(1)
-    os._exit(1)
+    begin_worker(os.getppid())

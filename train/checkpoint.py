@@ -38,6 +38,7 @@ log = logging.getLogger("gemwright")
 
 LATEST = "LATEST"
 _VISIBLE_SECONDS = 10  # a network file system may show a new file late
+_PATIENCE_SECONDS = 3  # the same, for files of an earlier job
 
 
 class Checkpointer:
@@ -225,7 +226,7 @@ class Checkpointer:
 
     def _damage(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint, or None. Each rank checks its share of the files."""
-        found = from_all(damage(folder, part=self.rank, parts=dist.get_world_size()), self._group)
+        found = from_all(damage(folder, self.rank, dist.get_world_size(), _PATIENCE_SECONDS), self._group)
         return next((said for said in found if said), None)
 
 

@@ -185,6 +185,8 @@ class ModelConfig(ModelOverrides):  # type: ignore[misc, valid-type]
     name: str = "gemma4_tiny_e4b"
     weights: str | None = None
     """A checkpoint folder, hub id or registered name to start from; its config.json then gives the sizes."""
+    strict: bool = False
+    """Refuse a folder of weights with files of weights, or fields of config.json, that nothing reads."""
     vision: str | None = one_of(None, "none", "freeze", "projector", "train")
     """none | freeze | projector (tower frozen, projector trained) | train; unset: freeze with weights, else none"""
     audio: str | None = one_of(None, "none", "freeze", "projector", "train")

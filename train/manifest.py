@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +46,20 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def damage(folder: Path, part: int, parts: int) -> str | None:
-    """The first file that disagrees with the manifest, among every `parts`-th one; None if all agree."""
+def damage(folder: Path, part: int, parts: int, patience: float = 0.0) -> str | None:
+    """The first file that disagrees with the manifest, among every `parts`-th one; None if all agree.
+
+    patience: seconds in which a network file system may still show what another node wrote.
+    """
+    deadline = time.monotonic() + patience
+    _shown(folder / MANIFEST, deadline)
     try:
         files = _files(folder)
     except (OSError, ValueError, RecursionError) as error:
         return f"no readable {MANIFEST}: {error}"
     for name, written in sorted(files.items())[part::parts]:
         path = folder / name
-        if not path.exists():
+        if not _shown(path, deadline):
             return f"{name} is missing"
         if path.stat().st_size != written["bytes"]:
             return f"{name} has {path.stat().st_size} bytes instead of {written['bytes']}"
@@ -66,6 +73,16 @@ def damage(folder: Path, part: int, parts: int) -> str | None:
         if unlisted:
             return f"{MANIFEST} does not list {unlisted[0]}"
     return None
+
+
+def _shown(path: Path, deadline: float) -> bool:
+    """Whether a file is there, or comes to be seen in time."""
+    while not path.exists():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.1)
+        os.listdir(path.parent)  # asks the server anew
+    return True
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:

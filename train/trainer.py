@@ -112,7 +112,7 @@ class Trainer:
             if checkpoint is not None:
                 self._find_origin(checkpoint)
             return random_fill(config.run.seed, model.initializer_range, model.pad_token_id)
-        weights = Weights(self.run.weights, model)
+        weights = Weights(self.run.weights, model, strict=self.config.model.strict)
         if self.world.rank == 0:
             dtypes = {name: entry.dtype for name, entry in weights.entries.items()}
             Origin.remember(config.origin, self.run.weights, dtypes)

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,13 +25,12 @@ from data.corpus.counts import add
 from data.corpus.packing import Whole
 from data.corpus.reading import Reading
 from data.corpus.shards import Document
-from data.corpus.sources import SourceFiles, read_lines, source_files
+from data.corpus.sources import Lines, SourceFiles, lines_of, source_files, values_of
 from data.media.files import MediaFile, check_media_tokens, digest, measure, media_processor
 from data.media.process import MediaItem, MediaProcessor
 from data.tokenizer import load_tokenizer
+from data.workers import in_order
 from model import ConfigError, Gemma4Config, UserError
-
-_LINES_PER_CALL = 256
 
 
 @dataclass(frozen=True)
@@ -85,23 +83,36 @@ class ChatFormat:
 
     def documents(self, tokenizer: Tokenizer, reading: Reading) -> Iterator[Document]:
         """Conversations as tokens, cut to whole turns where they are too long; `reading` learns what was left out."""
-        measured = _Measured(self.processor, self.config)
-        for root, path in enumerate(reading.files):
-            lines = read_lines(path, reading)
-            while batch := list(islice(lines, _LINES_PER_CALL)):
-                chats = []
-                for where, value in batch:
-                    with reading.forgiving():
-                        chats.append(self._open(parse_line(value, where), path.parent.absolute(), root))
-                measured.fill((file.kind, file.path) for chat in chats for file in chat.files)
-                reading.media |= {file.path.resolve() for chat in chats for file in chat.files}
-                yield from _fitting(_tokens(chats, measured, tokenizer, reading), self.sequence_length, reading)
+        lines = ((root, found) for root, path in enumerate(reading.files) for found in lines_of(path, reading))
+        for documents, part in in_order(_Work(self, tokenizer, reading), lines, reading.check_stop):
+            reading.add(part)
+            yield from documents
         reading.finish()
+
+
+class _Work:
+    """Makes documents of lines: a callable, so that other processes can do it."""
+
+    def __init__(self, format: ChatFormat, tokenizer: Tokenizer, reading: Reading) -> None:
+        self.format, self.tokenizer, self.reading = format, tokenizer, reading.part()
+        self.measured = _Measured(format.processor, format.config)
+
+    def __call__(self, task: tuple[int, Lines]) -> tuple[list[Document], Reading]:
+        """The documents of lines of the file that has this number, and what was counted."""
+        root, lines = task
+        reading, chats = self.reading.part(), list[_Chat]()
+        for where, value in values_of(lines, reading):
+            with reading.forgiving():
+                chats.append(self._open(parse_line(value, where), lines.path.parent.absolute(), root))
+        self.measured.fill((file.kind, file.path) for chat in chats for file in chat.files)
+        reading.media |= {file.path.resolve() for chat in chats for file in chat.files}
+        tokens = _tokens(chats, self.measured, self.tokenizer, reading)
+        return list(_fitting(tokens, self.format.sequence_length, reading)), reading
 
     def _open(self, item: Conversation | PlainText, folder: Path, root: int) -> _Chat:
         if isinstance(item, PlainText):
             return _Chat(item)
-        rendered = item.render(template_size(self.config), **self.flags)
+        rendered = item.render(template_size(self.format.config), **self.format.flags)
         with located(item.where):
             kinds = [kind for kind, _, _ in rendered.media]
             names = media_paths(item.messages, kinds, Path())

@@ -46,6 +46,16 @@ class Counts:
                 raise ValueError(f"{name}={value} is no count")
         return counts
 
+    def add(self, other: Counts) -> None:
+        """Count what another has counted too."""
+        for name, theirs in vars(other).items():
+            ours = getattr(self, name)
+            if isinstance(theirs, dict):
+                for key, number in theirs.items():
+                    add(ours, [key], number)
+            else:
+                setattr(self, name, ours + theirs)
+
     def ignored(self) -> str:
         """All that was read, or lay in the folder, without being used; empty if there is nothing."""
         parts = ((self.keys, "keys of lines"), (self.files, "files"), (self.media, "media"))
@@ -64,11 +74,11 @@ class Counts:
         return "; ".join(filter(None, [*parts, f"ignored {ignored}" if ignored else ""]))
 
 
-def add(counts: dict[str, int], names: Iterable[str]) -> None:
-    """Count each name once more; past a thousand names, others count as one."""
+def add(counts: dict[str, int], names: Iterable[str], number: int = 1) -> None:
+    """Count each name that often more; past a thousand names, others count as one."""
     for name in names:
         name = name if name in counts or len(counts) < _KINDS else "others"
-        counts[name] = counts.get(name, 0) + 1
+        counts[name] = counts.get(name, 0) + number
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -105,7 +105,7 @@ def _check_vocabulary(found: int, model: Gemma4Config) -> None:
         legal = min(legal, model.vocab_size_per_layer_input)
     if found > legal:
         raise ConfigError(
-            f"the tokenizer has {found} pieces, more than the model's vocabulary of {legal}; "
-            "give a smaller tokenizer or a larger model.vocab_size and model.vocab_size_per_layer_input; released "
-            "weights need larger tables first (resize_token_embeddings of transformers, and per-layer tables alike)."
+            f"the tokenizer has {found} pieces, more than the model's vocabulary of {legal}; give a smaller tokenizer, "
+            "or larger model.vocab_size and model.vocab_size_per_layer_input. Released weights need larger "
+            f"tables first: resize_token_embeddings({found}) of transformers makes both larger, then save_pretrained."
         )

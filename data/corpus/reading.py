@@ -66,6 +66,16 @@ class Reading:
         if len(self._bad) < _SHOWN:
             self._bad.append(problem.rstrip("."))
 
+    def part(self) -> Reading:
+        """What is read next, apart, perhaps in another process; `add` brings it back."""
+        return Reading([], self.on_bad)
+
+    def add(self, part: Reading) -> None:
+        """Count and note what was found in a part."""
+        self.counts.add(part.counts)
+        self.media |= part.media
+        self._bad = (self._bad + part._bad)[:_SHOWN]
+
     @contextmanager
     def forgiving(self) -> Iterator[None]:
         """A mistake inside is noted as bad, with what it says, and ends what is inside."""

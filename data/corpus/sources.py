@@ -54,7 +54,8 @@ _STDLIB_EXCLUDED = {
     "__pycache__",
 }
 _BLOCK = 1 << 19
-"""Characters of a text that are held at once."""
+"""Characters of a text, or bytes of lines, that are held at once."""
+_LINES = 256
 
 
 class SourceFiles(NamedTuple):
@@ -120,24 +121,52 @@ def read_texts(files: Sequence[Path], reading: Reading) -> Iterator[tuple[str, b
             reading.bad(f"{path} is no text in UTF-8 ({problem})")
 
 
-def read_lines(path: Path, reading: Reading) -> Iterator[tuple[str, Any]]:
-    """Place ("file:line") and value of each line of JSON; one that is none is bad."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+class Lines(NamedTuple):
+    """Lines of a file, not read yet, and the number of the first of them, from one on."""
+
+    path: Path
+    first: int
+    lines: list[bytes]
+
+
+def lines_of(path: Path, reading: Reading) -> Iterator[Lines]:
+    """The lines of a file, few enough at once, by number and by length, for what they hold to be held."""
+    first, lines, size = 1, list[bytes](), 0
+    with path.open("rb") as file:
+        for line in file:
             reading.advance(len(line))
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                found = [json.loads(text, object_pairs_hook=_once)] if text.strip() else []
-            except UnicodeDecodeError as error:
-                reading.bad(f"{path}:{number} is no UTF-8 ({error.reason} at byte {error.start})")
-            except json.JSONDecodeError as error:
-                reading.bad(f"{path}:{number} is not JSON ({error.msg} at character {error.pos + 1})")
-            except ValueError as error:  # a key twice, or a number of too many digits
-                reading.bad(f"{path}:{number} is not JSON ({error})")
-            except RecursionError:
-                reading.bad(f"{path}:{number} is not JSON that can be read (nested too deep)")
-            else:
-                yield from ((f"{path}:{number}", value) for value in found)
+            lines.append(line)
+            size += len(line)
+            if len(lines) == _LINES or size >= _BLOCK:
+                yield Lines(path, first, lines)
+                first, lines, size = first + len(lines), [], 0
+    if lines:
+        yield Lines(path, first, lines)
+
+
+def values_of(found: Lines, reading: Reading) -> Iterator[tuple[str, Any]]:
+    """Place ("file:line") and value of each line of JSON; one that is none is bad."""
+    for number, line in enumerate(found.lines, start=found.first):
+        where = f"{found.path}:{number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            values = [json.loads(text, object_pairs_hook=_once)] if text.strip() else []
+        except UnicodeDecodeError as error:
+            reading.bad(f"{where} is no UTF-8 ({error.reason} at byte {error.start})")
+        except json.JSONDecodeError as error:
+            reading.bad(f"{where} is not JSON ({error.msg} at character {error.pos + 1})")
+        except ValueError as error:  # a key twice, or a number of too many digits
+            reading.bad(f"{where} is not JSON ({error})")
+        except RecursionError:
+            reading.bad(f"{where} is not JSON that can be read (nested too deep)")
+        else:
+            yield from ((where, value) for value in values)
+
+
+def read_lines(path: Path, reading: Reading) -> Iterator[tuple[str, Any]]:
+    """Place and value of each line of JSON in a file."""
+    for lines in lines_of(path, reading):
+        yield from values_of(lines, reading)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ _FIXED_IN_TEXT = {
     "tie_word_embeddings": True,
 }
 _FIXED_IN_ENCODERS: dict[type, dict[str, Any]] = {
-    VisionConfig: {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False},
+    VisionConfig: {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "attention_dropout": 0.0},
     AudioConfig: {"hidden_act": "silu"},
 }
 _TOKEN_IDS = (
@@ -82,6 +82,15 @@ _TOKEN_IDS = (
     "audio_token_id",
     "eoi_token_id",
     "video_token_id",
+)
+
+# What transformers writes into every config, and what has no part in training or is said by the rest.
+_NO_PART = (
+    *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "model_type", "problem_type"),
+    *("id2label", "label2id", "is_encoder_decoder", "output_attentions", "output_hidden_states", "return_dict"),
+    *("use_cache", "chunk_size_feed_forward", "attn_implementation", "_attn_implementation"),
+    *("_attn_implementation_autoset", "initializer_range", "max_position_embeddings", "tie_word_embeddings"),
+    *("eos_token_id", "pad_token_id", "bos_token_id", "quantization_config", "rope_scaling"),
 )
 
 
@@ -142,6 +151,18 @@ def fields_from_hf(raw: dict[str, Any]) -> dict[str, Any]:
         if soft_tokens and fields.get("vision"):
             fields["vision"] = dataclasses.replace(fields["vision"], soft_tokens=soft_tokens)
     return fields
+
+
+def unread_fields(raw: dict[str, Any], config: Gemma4Config) -> list[str]:
+    """Fields of the `config.json` of this model that nothing reads, those of its parts as "part.field"."""
+    known = config_to_hf(config) | dict.fromkeys(_NO_PART)
+    found = [name for name in raw if name not in known]
+    for section, cls in (("text_config", None), ("vision_config", VisionConfig), ("audio_config", AudioConfig)):
+        part = raw.get(section)
+        if isinstance(part, dict) and isinstance(known.get(section), dict):
+            fixed = _FIXED_IN_ENCODERS.get(cls, {}) if cls is not None else {}
+            found += [f"{section}.{name}" for name in part if name not in {*known[section], *fixed, *_NO_PART}]
+    return found
 
 
 def config_to_hf(config: Gemma4Config, base: dict[str, Any] | None = None, dtype: str = "bfloat16") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from model.config import Gemma4Config
 from model.encoders.config import ENCODERS
 from model.errors import UserError
 from model.gemma4 import Gemma4
+from model.hf.config import read_json, unread_fields
 from model.init import Slice, initialised_tensors
 
 log = logging.getLogger("gemwright")
@@ -34,6 +35,8 @@ WHOLE_PREFIXES = (("", "model."),)
 TEXT_PREFIXES = (("language_model.", "model."),)
 """(ours, on disk) of checkpoints that hold the text decoder alone."""
 
+_KINDS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.gguf")
+"""Names of files of weights, which are read or named as passed over."""
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _ELEMENTS_PER_PIECE = 1 << 24
 _ELEMENTS_MAPPED = 1 << 28
@@ -66,11 +69,20 @@ def our_name(key: str, *, text_only: bool) -> str:
 
 
 class Weights:
-    """The tensors of a folder by our names. Raises `WeightsError` if files are missing or damaged."""
+    """The tensors of a folder by our names. Raises `WeightsError` if files are missing or damaged.
 
-    def __init__(self, folder: Path, config: Gemma4Config) -> None:
+    What of the folder is not read is named; with `strict` it is an error.
+    """
+
+    def __init__(self, folder: Path, config: Gemma4Config, *, strict: bool = False) -> None:
         self.folder, self.config = folder, config
-        by_key = {entry.key: entry for file, keys in _files(folder).items() for entry in _read_header(file, keys)}
+        files = _files(folder)
+        by_key = {entry.key: entry for file, keys in files.items() for entry in _read_header(file, keys)}
+        unused = "; ".join(filter(None, (_unused_files(folder, files), _unread_fields(folder))))
+        if unused and strict:
+            raise WeightsError(f"{folder} holds what nothing reads ({unused}); drop it, or set model.strict=false.")
+        if unused:
+            log.warning("%s: %s", folder, unused)
         self.text_only = not any(key.startswith("model.language_model.") for key in by_key)
         self.entries = {our_name(key, text_only=self.text_only): entry for key, entry in by_key.items()}
 
@@ -183,7 +195,6 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
         raise WeightsError(f"{folder} is no folder; give one that holds config.json and {SINGLE} or {INDEX}.")
     index = folder / INDEX
     if (folder / SINGLE).is_file():  # what transformers opens too
-        _name_unused(folder, {SINGLE})
         return {folder / SINGLE: None}
     if not index.is_file():
         shards = sorted(folder.glob("*.safetensors"))
@@ -199,17 +210,25 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
             keys.add(key)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise WeightsError(f"{index} is no index of weights ({error!r}); fetch it again.") from None
-    _name_unused(folder, {path.name for path in promised} | {INDEX})
     return promised
 
 
-def _name_unused(folder: Path, used: set[str]) -> None:
-    """Files of weights that are passed over are named once."""
-    weights = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.gguf")
-    found = sorted({path.name for pattern in weights for path in folder.glob(pattern)} - used)
-    if found:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        log.warning("%s: read from %s; %s%s not read", folder, min(used), ", ".join(found[:3]), more)
+def _unused_files(folder: Path, used: Iterable[Path]) -> str:
+    """Files of weights that are passed over."""
+    names = {file.name for file in used}
+    found = sorted({path.name for pattern in _KINDS for path in folder.glob(pattern)} - names - {INDEX})
+    return f"read from {min(names)}; {_listed(found)} not read" if found else ""
+
+
+def _unread_fields(folder: Path) -> str:
+    """Fields of config.json that are passed over."""
+    raw = read_json(folder / "config.json")
+    found = unread_fields(raw, Gemma4Config.from_hf(raw))
+    return f"config.json has {_listed(found)}, which nothing reads" if found else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _read_header(file: Path, promised: set[str] | None) -> Iterator[Entry]:

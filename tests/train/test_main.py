@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,22 @@ MAIN = str(ROOT / "train" / "main.py")
 def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PATH": f"{BIN}:{os.environ['PATH']}"}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def test_a_run_says_each_thing_once_and_nothing_of_its_libraries(tmp_path: Path) -> None:
+    """Libraries start with empty caches here, as on a new machine."""
+    caches = {f"{name}_HOME": str(tmp_path / "caches") for name in ("XDG_CACHE", "XDG_CONFIG")}
+    environment = os.environ | caches | {"MPLCONFIGDIR": str(tmp_path / "matplotlib")}
+    words = overrides(tmp_path, "train.steps=2", "checkpoint.every=1", "export.at_end=true", "train.log_every=1")
+    command = [str(BIN / "torchrun"), "--nproc", "2", MAIN, *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert len(set(said)) == len(said) and sum(line.startswith("exported to") for line in said) == 1
+    assert (tmp_path / "run" / "loss.png").exists()
+    foreign = re.compile(r"font|matplotlib|Warning|torch\.distributed|^[IWE]\d{4} ")
+    assert not [line for line in said if foreign.search(line)]
+    assert "Warning" not in done.stderr, done.stderr
 
 
 SHORT = ["train.steps=2", "train.sample_every=2", "train.sample_tokens=4"]

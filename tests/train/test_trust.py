@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,34 @@ def test_what_was_just_written_is_kept_and_damaged_ones_go_first(copy: Path) -> 
     (newest(copy) / "state.json").write_text("{}")
     train_on(1, overrides(copy, "train.steps=3", "checkpoint.keep=1"))
     assert sorted(path.name for path in (copy / "run" / "checkpoints").glob("step_*")) == ["step_00000003"]
+
+
+def test_with_two_kept_the_damaged_one_between_goes_before_an_older_whole_one(copy: Path) -> None:
+    """4 is damaged, the run goes on from 2 and stops at 3: of 2, 3 and 4 it is 4 that goes."""
+    (newest(copy) / "state.json").unlink()
+    train_on(1, overrides(copy, "train.steps=3", "checkpoint.keep=2"))
+    names = sorted(path.name for path in (copy / "run" / "checkpoints").glob("step_*"))
+    assert names == ["step_00000002", "step_00000003"]
+    assert (copy / "run" / "checkpoints" / "LATEST").read_text() == "step_00000003"
+
+
+def test_a_damaged_checkpoint_is_written_anew_when_its_step_comes_again(copy: Path) -> None:
+    before = losses(copy / "run")
+    (newest(copy) / ".metadata").write_bytes(b"")
+    train_on(1, overrides(copy, "train.steps=4", "checkpoint.keep=1"))
+    assert [path.name for path in (copy / "run" / "checkpoints").glob("step_*")] == ["step_00000004"]
+    assert damage(newest(copy), 0, 1) is None and losses(copy / "run") == before
+
+
+@pytest.mark.parametrize("name", ["state.json", "manifest.json"])
+def test_a_file_that_is_shown_late_is_no_damage(name: str, copy: Path) -> None:
+    checkpoint, aside = newest(copy), copy / "aside"
+    (checkpoint / name).rename(aside)
+    assert damage(checkpoint, 0, 1) is not None
+    shown = threading.Timer(0.5, lambda: aside.rename(checkpoint / name))
+    shown.start()
+    assert damage(checkpoint, 0, 1, patience=20) is None
+    shown.join()
 
 
 def test_a_checkpoint_that_was_moved_and_linked_back_stays(copy: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -197,3 +198,11 @@ def test_an_offline_wandb_run_reads_back_and_keeps_its_id(tmp_path: Path) -> Non
     assert [item["progress/step"] for item in items] == [3, 4]
     assert [item["_step"] for item in items] == [3, 4], "both folders sync into one run, whose steps go on"
     assert "samples/text" in str(items[-1])
+
+    run.joinpath("wandb").rename(tmp_path / "second")
+    shutil.rmtree(run / "checkpoints" / "step_00000004")
+    train_on(1, overrides(tmp_path, *options, "train.steps=5"))
+    redone = read_offline_run(run)
+    items = [r["history"]["item"] for r in redone if r["type"] == "history"]
+    assert [item["_step"] for item in items] == [3, 4, 5], "steps that are done again keep their numbers"
+    assert next(r["run"] for r in redone if r["type"] == "run")["run_id"] == start["run_id"]

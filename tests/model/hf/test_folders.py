@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from model import ConfigError, Gemma4Config, UserError
 from model.hf.hub import load_model, resolve
-from model.hf.weights import INDEX, SINGLE
+from model.hf.weights import INDEX, SINGLE, Weights
 from tests.harness.fuzz import VALUES
 from tests.harness.multimodal import random_whole_config, save_reference, whole_reference
 
@@ -56,6 +56,19 @@ def test_a_new_file_beside_older_shards_is_what_transformers_opens_too(
     assert "read from model.safetensors; consolidated.safetensors, model-00001" in caplog.messages[0]
 
 
+def test_fields_that_nothing_reads_are_named_or_refused(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    load_model(folder)
+    assert not caplog.messages  # all that transformers writes has a meaning here, or none anywhere
+    raw["head_dims"], raw["text_config"]["rope_interleaved"], raw["audio_config"]["sampling_rate"] = 1, True, 8000
+    (folder / "config.json").write_text(json.dumps(raw))
+    load_model(folder)
+    named = "config.json has head_dims, text_config.rope_interleaved, audio_config.sampling_rate, which nothing reads"
+    assert caplog.messages == [f"{folder}: {named}"]
+    with pytest.raises(UserError, match=rf"holds what nothing reads \({named}\); drop it, or set model\.strict=false"):
+        Weights(folder, Gemma4Config.from_hf(folder), strict=True)
+
+
 def test_a_head_of_its_own_is_refused_and_a_copy_of_the_table_is_not(folder: Path) -> None:
     tensors = all_tensors(folder)
     table = "model.language_model.embed_tokens.weight"
@@ -81,6 +94,7 @@ def test_other_prefixes_are_named(prefix: str, folder: Path) -> None:
     [
         (None, "quantization_config", {"load_in_4bit": True}, "has a quantization_config"),
         ("text_config", "rope_scaling", {"type": "linear", "factor": 2.0}, "has rope_scaling="),
+        ("vision_config", "attention_dropout", 0.1, "vision_config.attention_dropout=0.1; every Gemma 4 has 0.0"),
         ("text_config", "attention_bias", True, "attention_bias=True; every Gemma 4 has False"),
     ],
 )
@@ -107,6 +121,19 @@ def test_a_run_is_its_newest_export(folder: Path, tmp_path: Path) -> None:
         shutil.copytree(folder, place)
         (place / "gemwright_export.json").write_text("{}")
     assert resolve(str(run)) == run / "export" / "step_00000010"
+
+
+def test_tables_that_transformers_made_larger_are_read(tmp_path: Path) -> None:
+    reference = whole_reference(random_whole_config("e4b", 0), 0)
+    pieces = reference.get_input_embeddings().weight.shape[0] + 8
+    reference.resize_token_embeddings(pieces)
+    save_reference(reference, tmp_path)
+    model = load_model(tmp_path)
+    assert (model.config.vocab_size, model.config.vocab_size_per_layer_input) == (pieces, pieces)
+    tokens = torch.arange(pieces - 8, pieces)[None]
+    with torch.no_grad():
+        expected = reference.eval()(input_ids=tokens).logits
+        torch.testing.assert_close(model.logits(model(tokens)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_adapter_is_named_as_one(tmp_path: Path) -> None:
