@@ -64,6 +64,7 @@ def _leave(world: World, message: str) -> NoReturn:
 
 def _log_to_console(world: World) -> None:
     """What rank 0 says, errors of the others, and nothing of the libraries below an error."""
+    logging.raiseExceptions = False  # who closes the pipe that reads this, or fills its disk, stops no run
     logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stdout)
     logging.getLogger("gemwright").setLevel(logging.INFO if world.rank == 0 else logging.ERROR)
 

@@ -199,6 +199,9 @@ def _name(format: Format, found: SourceFiles, digests: Digests) -> str:
     if tokenizer is not None and tokenizer.is_dir():
         tokenizer = tokenizer / "tokenizer.json"
     parts = [str(_VERSION), format.noun, format.settings()]
-    parts += [digests.of(path) for path in ([tokenizer] if tokenizer and tokenizer.is_file() else [])]
-    parts += [digests.of(path) for path in found.files]
+    try:
+        parts += [digests.of(path) for path in ([tokenizer] if tokenizer and tokenizer.is_file() else [])]
+        parts += [digests.of(path) for path in found.files]
+    except OSError as error:
+        raise SourceError(f"{error.filename} cannot be read ({error.strerror}); mend that, or move it away.") from None
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]

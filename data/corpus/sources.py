@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import glob
 import json
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -77,11 +78,13 @@ def source_files(source: str, types: Sequence[str] = TEXTS) -> SourceFiles:
     if source == PYTHON_STDLIB:
         return SourceFiles(_standard_library(), {})
     if path.is_file():
-        return SourceFiles([_readable(path, source, types)], {})
+        return SourceFiles([_allowed(_fitting(path, source, types))], {})
     if path.is_dir():
-        root, found = path, [p for p in path.rglob("*") if p.is_file()]
+        root, found = path, [*_below(path)]
     else:
-        root, found = Path(), [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
+        names = sorted(glob.glob(str(path), recursive=True))
+        once = {os.path.realpath(name): Path(name) for name in reversed(names) if not Path(name).is_dir()}
+        root, found = Path(), [*once.values()]
     files, media, passed_over = [], [], dict[str, int]()
     for file in sorted(found):
         parts = (file.relative_to(root) if path.is_dir() else Path(file.name)).parts
@@ -89,7 +92,7 @@ def source_files(source: str, types: Sequence[str] = TEXTS) -> SourceFiles:
         if any(part.startswith(".") for part in parts):
             why = "hidden"
         if why is None:
-            files.append(file)
+            files.append(_allowed(file))
         elif why in _MEDIA and types == (".jsonl",):
             media.append(file)
         else:
@@ -246,7 +249,31 @@ def _standard_library() -> list[Path]:
     )
 
 
-def _readable(path: Path, source: str, types: Sequence[str]) -> Path:
+def _below(folder: Path) -> Iterator[Path]:
+    """Whatever lies in a folder and in those below it, linked ones too, each folder once."""
+
+    def failed(error: OSError) -> None:
+        raise SourceError(f"{error.filename} cannot be read ({error.strerror}); give rights to it, or move it away.")
+
+    seen = set[str]()
+    for place, folders, names in os.walk(folder, onerror=failed, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(place, name) for name in names)
+
+
+def _allowed(file: Path) -> Path:
+    """The file itself. Raises `SourceError` if this user may not read it."""
+    if not os.access(file, os.R_OK):
+        raise SourceError(f"{file} cannot be read (Permission denied); give rights to it, or move it away.")
+    return file
+
+
+def _fitting(path: Path, source: str, types: Sequence[str]) -> Path:
     """The file itself; any text may be named by itself, whatever its type."""
     kind = path.suffix.lower()
     if types == (".jsonl",) and kind != ".jsonl":
@@ -260,6 +287,8 @@ def _readable(path: Path, source: str, types: Sequence[str]) -> Path:
 
 def _not_read(path: Path, types: Sequence[str], by_pattern: bool) -> str | None:
     """Why a file of a folder, or one that a pattern names, is passed over. Conversations may use the media."""
+    if not path.is_file():
+        return "broken links" if path.is_symlink() else "neither files nor folders"
     kind = path.suffix.lower()
     named = by_pattern and types == TEXTS and kind not in _CONVERT and kind not in _MEDIA
     if kind not in types and not named:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -213,3 +214,41 @@ def test_a_large_text_is_one_document_of_the_same_tokens_in_bounded_blocks(
     assert len(blocks) > 20 and max(len(block) for block, _ in blocks) < 800
     assert "".join(block for block, _ in blocks) == path.read_text()
     assert corpus("blocks") == whole and len(whole) == 2
+
+
+def test_linked_folders_are_read_once_and_what_is_no_file_is_counted(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    for place in (folder, elsewhere / "deep"):
+        place.mkdir(parents=True)
+    (folder / "a.txt").write_text("one")
+    (elsewhere / "deep" / "b.txt").write_text("two")
+    (folder / "linked").symlink_to(elsewhere)
+    (elsewhere / "deep" / "round").symlink_to(folder)
+    (folder / "gone.txt").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(folder / "pipe.txt")
+    expected = [folder / "a.txt", folder / "linked" / "deep" / "b.txt"]
+    found = source_files(str(folder))
+    assert (found.files, found.passed_over) == (expected, {"broken links": 1, "neither files nor folders": 1})
+    assert source_files(str(folder / "**" / "*.txt")).files == expected
+
+
+def test_what_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The superuser may read anything, so the system's answers are put in the place of its rights."""
+    (tmp_path / "in").mkdir()
+    for name in ("a.txt", "in/b.txt"):
+        (tmp_path / name).write_text("text")
+    scandir, access = os.scandir, os.access
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("in"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(SourceError, match=r"/in cannot be read \(Permission denied\); give rights to it, or move"):
+        source_files(str(tmp_path))
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "b.txt" and access(path, mode))
+    for source in (tmp_path, tmp_path / "in" / "b.txt", tmp_path / "in" / "*.txt"):
+        with pytest.raises(SourceError, match=r"in/b\.txt cannot be read \(Permission denied\); give rights to it"):
+            source_files(str(source))
