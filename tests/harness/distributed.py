@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import signal
@@ -25,13 +26,15 @@ def run_ranks(world_size: int, function: Callable[[World], Any], timeout: float 
     """What `function(world)` returned on each rank. A rank that raises fails the test with its traceback."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        children = [_fork(rank, world_size, function, folder) for rank in range(world_size)]
-        _wait(children, timeout)
+        children = [_fork(rank, world_size, function, folder, timeout) for rank in range(world_size)]
+        ends = _wait(children, timeout)
         results = []
-        for rank in range(world_size):
+        for rank, child in enumerate(children):
             path = folder / f"result_{rank}"
             if not path.exists():
-                raise AssertionError(f"rank {rank} of {world_size} died without a result")
+                stack = folder / f"stack_{rank}"
+                where = stack.read_text() if stack.exists() else ""
+                raise AssertionError(f"rank {rank} of {world_size} {ends[child]} without a result\n{where}")
             ok, value = pickle.loads(path.read_bytes())
             if not ok:
                 raise AssertionError(f"rank {rank} of {world_size} failed:\n{value}")
@@ -46,12 +49,15 @@ def all_ranks() -> dist.ProcessGroup:
     return group
 
 
-def _fork(rank: int, world_size: int, function: Callable[[World], Any], folder: Path) -> int:
+def _fork(rank: int, world_size: int, function: Callable[[World], Any], folder: Path, timeout: float) -> int:
     child = os.fork()
     if child:
         return child
     status: tuple[bool, Any]
     try:
+        stack = (folder / f"stack_{rank}").open("w")  # where it was when it crashed, or when its time was nearly over
+        faulthandler.enable(stack)
+        faulthandler.dump_traceback_later(max(timeout - 2, 1), file=stack)
         torch.set_num_threads(int(os.environ.get("RANK_THREADS", "1")))
         store = dist.FileStore(str(folder / "store"), world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
@@ -66,15 +72,20 @@ def _fork(rank: int, world_size: int, function: Callable[[World], Any], folder: 
     os._exit(0)
 
 
-def _wait(children: list[int], timeout: float) -> None:
-    """Until all have ended; after a failure or the timeout, none goes on."""
+def _wait(children: list[int], timeout: float) -> dict[int, str]:
+    """How each has ended; after the timeout, none goes on."""
     deadline = time.monotonic() + timeout
-    left = set(children)
+    left, ends = set(children), dict[int, str]()
     while left and time.monotonic() < deadline:
         for child in list(left):
-            if os.waitpid(child, os.WNOHANG)[0]:
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
                 left.discard(child)
+                code = os.waitstatus_to_exitcode(status)
+                ends[child] = f"ended by signal {-code}" if code < 0 else f"ended with status {code}"
         time.sleep(0.01)
     for child in left:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        ends[child] = f"was stopped after {timeout:.0f} s"
+    return ends

@@ -260,7 +260,7 @@ def test_a_kill_at_any_point_of_a_save_loses_nothing(tmp_path: Path, call: str, 
         trainer.checkpointer.save = deadly_save  # type: ignore[assignment, method-assign]
         trainer.train()
 
-    with pytest.raises(AssertionError, match="died without a result"):
+    with pytest.raises(AssertionError, match="ended with status 9 without a result"):
         run_ranks(1, die)
     found = train_on(1, overrides(tmp_path, *steps))
     assert set(names(tmp_path / "run")) - {"step_00000002"} == {"LATEST", "step_00000004"}
