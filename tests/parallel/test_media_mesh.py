@@ -49,7 +49,7 @@ def needed(batches: list[Batch]) -> tuple[bool, bool]:
 
 
 def backward(model: Gemma4, batch: Batch, others: list[Batch]) -> Tensor:
-    """As the trainer does it: every rank runs the encoders that any rank needs in this micro-batch."""
+    """Backward like the trainer's: every rank runs the encoders that any rank needs in this micro-batch."""
     vision, audio = needed([batch, *others])
     media = media_of_all_ranks(batch.inputs.media, model.config, vision=vision, audio=audio)
     loss = cross_entropy(model, replace(batch, inputs=replace(batch.inputs, media=media)))
@@ -190,7 +190,7 @@ def test_a_pipeline_whose_towers_see_nothing_goes_on() -> None:
 
 @pytest.mark.parametrize("name", ["gemma4_tiny_e4b", "gemma4_tiny_12b", "gemma4_tiny_31b"])
 def test_images_may_come_after_text_in_bfloat16(name: str) -> None:
-    """Of one step's micro-batches, gradients kept until the last; the order changes nothing but rounding."""
+    """One step's micro-batches, gradients kept until the last; their order changes nothing but rounding."""
     config = config_of(name)
     data = batches(config, [ROWS[1], ROWS[0]])
 

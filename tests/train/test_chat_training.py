@@ -34,7 +34,7 @@ def released(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of very different lengths; media in about half of them."""
+    """Conversations of very different lengths; media in about half of them."""
     folder, draw = write_media(tmp_path_factory.mktemp("chats")), random.Random(1)
     lines = []
     for number in range(40):

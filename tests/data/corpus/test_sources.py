@@ -181,7 +181,7 @@ def test_bad_lines_may_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 def gemma_like() -> Tokenizer:
-    """As the released one: blanks are letters, nothing is split beforehand, unknown bytes have tokens."""
+    """Like the released one: blanks are letters, nothing is split beforehand, unknown bytes have tokens."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
