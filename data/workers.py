@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
@@ -28,6 +28,11 @@ _work: Callable[[Any], Any]
 def processors() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_worker() -> bool:
+    """Whether this process works for another one, beside others that keep the other processors busy."""
+    return multiprocessing.parent_process() is not None
 
 
 def begin_worker(owner: int) -> None:
@@ -67,13 +72,10 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], check_stop: 
 
 
 def _result(future: Future[Result], check_stop: Callable[[], None]) -> Result:
-    while True:
+    check_stop()
+    while not wait([future], timeout=1).done:
         check_stop()
-        try:
-            return future.result(timeout=1)
-        except TimeoutError:
-            if future.done():
-                raise
+    return future.result()
 
 
 def _begin(work: Callable[[Any], Any], owner: int) -> None:
