@@ -29,7 +29,7 @@ from data.corpus.sources import Lines, SourceFiles, lines_of, source_files, valu
 from data.media.files import MediaFile, check_media_tokens, digest, measure, media_processor
 from data.media.process import MediaItem, MediaProcessor
 from data.tokenizer import load_tokenizer
-from data.workers import in_order
+from data.workers import in_order, in_worker
 from model import ConfigError, Gemma4Config, UserError
 
 
@@ -84,7 +84,7 @@ class ChatFormat:
     def documents(self, tokenizer: Tokenizer, reading: Reading) -> Iterator[Document]:
         """Conversations as tokens, cut to whole turns where they are too long; `reading` learns what was left out."""
         lines = ((root, found) for root, path in enumerate(reading.files) for found in lines_of(path, reading))
-        for documents, part in in_order(_Work(self, tokenizer, reading), lines, reading.check_stop):
+        for documents, part in in_order(_Work(self, tokenizer), lines, reading.check_stop):
             reading.add(part)
             yield from documents
         reading.finish()
@@ -93,14 +93,14 @@ class ChatFormat:
 class _Work:
     """Makes documents of lines: a callable, so that other processes can do it."""
 
-    def __init__(self, format: ChatFormat, tokenizer: Tokenizer, reading: Reading) -> None:
-        self.format, self.tokenizer, self.reading = format, tokenizer, reading.part()
+    def __init__(self, format: ChatFormat, tokenizer: Tokenizer) -> None:
+        self.format, self.tokenizer = format, tokenizer
         self.measured = _Measured(format.processor, format.config)
 
     def __call__(self, task: tuple[int, Lines]) -> tuple[list[Document], Reading]:
         """The documents of lines of the file that has this number, and what was counted."""
         root, lines = task
-        reading, chats = self.reading.part(), list[_Chat]()
+        reading, chats = Reading([]), list[_Chat]()
         for where, value in values_of(lines, reading):
             with reading.forgiving():
                 chats.append(self._open(parse_line(value, where), lines.path.parent.absolute(), root))
@@ -139,7 +139,7 @@ class _Chat:
 
 
 class _Measured:
-    """Sizes and digests of media files, each file read once, by all processors at once."""
+    """Sizes and digests of media files, each read once by a process; by all processors where no other uses them."""
 
     def __init__(self, processor: MediaProcessor, config: Gemma4Config) -> None:
         self.processor, self.config = processor, config
@@ -148,11 +148,11 @@ class _Measured:
     def fill(self, wanted: Iterable[tuple[str, Path]]) -> None:
         """Read what is wanted and not known yet."""
         new = [key for key in dict.fromkeys(wanted) if key not in self._found]
-        if len(new) > 1:
+        if len(new) > 1 and not in_worker():
             with ThreadPoolExecutor() as pool:
                 self._found.update(zip(new, pool.map(self._read, new), strict=True))
-        elif new:
-            self._found[new[0]] = self._read(new[0])
+        else:
+            self._found.update((key, self._read(key)) for key in new)
 
     def __call__(self, file: _File) -> tuple[MediaItem, str]:
         """Size and digest of a file. Raises the `UserError` with which it could not be read."""

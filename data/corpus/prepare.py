@@ -25,7 +25,7 @@ from data.chat.documents import ChatFormat
 from data.corpus.counts import Counts
 from data.corpus.digests import Digests
 from data.corpus.packing import Packing
-from data.corpus.reading import Reading, SourceError, go_on
+from data.corpus.reading import Reading, SourceError, go_on, unreadable
 from data.corpus.shards import Document, Shard, write_shard
 from data.corpus.sources import SourceFiles
 from data.corpus.text import TextFormat
@@ -203,5 +203,5 @@ def _name(format: Format, found: SourceFiles, digests: Digests) -> str:
         parts += [digests.of(path) for path in ([tokenizer] if tokenizer and tokenizer.is_file() else [])]
         parts += [digests.of(path) for path in found.files]
     except OSError as error:
-        raise SourceError(f"{error.filename} cannot be read ({error.strerror}); mend that, or move it away.") from None
+        raise unreadable(error.filename, error.strerror) from None
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]

@@ -25,6 +25,11 @@ class SourceError(UserError):
     """A source that cannot be read."""
 
 
+def unreadable(path: object, why: str | None) -> SourceError:
+    """The error for a file or folder that the system does not let this user read."""
+    return SourceError(f"{path} cannot be read ({why}); give rights to it, or move it away.")
+
+
 def go_on() -> None:
     """Nothing asks to stop."""
 
@@ -66,12 +71,8 @@ class Reading:
         if len(self._bad) < _SHOWN:
             self._bad.append(problem.rstrip("."))
 
-    def part(self) -> Reading:
-        """What is read next, apart, perhaps in another process; `add` brings it back."""
-        return Reading([], self.on_bad)
-
     def add(self, part: Reading) -> None:
-        """Count and note what was found in a part."""
+        """Count and note what was found in a part that was read apart, perhaps in another process."""
         self.counts.add(part.counts)
         self.media |= part.media
         self._bad = (self._bad + part._bad)[:_SHOWN]

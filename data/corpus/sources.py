@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import glob
 import json
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.corpus.counts import add
-from data.corpus.reading import Reading, SourceError
+from data.corpus.reading import Reading, SourceError, unreadable
 
 PYTHON_STDLIB = "python_stdlib"
 TEXTS = (".txt", ".md", ".rst", ".py", ".jsonl")
@@ -253,7 +254,7 @@ def _below(folder: Path) -> Iterator[Path]:
     """Whatever lies in a folder and in those below it, linked ones too, each folder once."""
 
     def failed(error: OSError) -> None:
-        raise SourceError(f"{error.filename} cannot be read ({error.strerror}); give rights to it, or move it away.")
+        raise unreadable(error.filename, error.strerror)
 
     seen = set[str]()
     for place, folders, names in os.walk(folder, onerror=failed, followlinks=True):
@@ -269,7 +270,7 @@ def _below(folder: Path) -> Iterator[Path]:
 def _allowed(file: Path) -> Path:
     """The file itself. Raises `SourceError` if this user may not read it."""
     if not os.access(file, os.R_OK):
-        raise SourceError(f"{file} cannot be read (Permission denied); give rights to it, or move it away.")
+        raise unreadable(file, os.strerror(errno.EACCES))
     return file
 
 

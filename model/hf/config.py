@@ -157,10 +157,11 @@ def unread_fields(raw: dict[str, Any], config: Gemma4Config) -> list[str]:
     """Fields of the `config.json` of this model that nothing reads, those of its parts as "part.field"."""
     known = config_to_hf(config) | dict.fromkeys(_NO_PART)
     found = [name for name in raw if name not in known]
-    for section, cls in (("text_config", None), ("vision_config", VisionConfig), ("audio_config", AudioConfig)):
+    fixed_in = {"text_config": _FIXED_IN_TEXT}
+    fixed_in |= {"vision_config": _FIXED_IN_ENCODERS[VisionConfig], "audio_config": _FIXED_IN_ENCODERS[AudioConfig]}
+    for section, fixed in fixed_in.items():
         part = raw.get(section)
         if isinstance(part, dict) and isinstance(known.get(section), dict):
-            fixed = _FIXED_IN_ENCODERS.get(cls, {}) if cls is not None else {}
             found += [f"{section}.{name}" for name in part if name not in {*known[section], *fixed, *_NO_PART}]
     return found
 

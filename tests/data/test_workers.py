@@ -13,8 +13,7 @@ import pytest
 import data.workers
 from data.workers import in_order
 from model.errors import UserError
-from tests.harness.chat_files import chat, make, model, user, write_media
-from tests.harness.chat_files import model_config as variant
+from tests.harness.chat_files import E4B, chat, make, model, user, write_media
 from tests.harness.processes import alive, wait_until
 
 PROCESSORS = 3
@@ -105,7 +104,7 @@ def test_conversations_of_many_processes_are_those_of_one(tmp_path: Path, monkey
         folder.mkdir()
         write_media(folder)
         with pytest.raises(UserError, match=r"chats\.jsonl:301 has neither"):
-            make(folder, lines, variant("gemma4_tiny_e4b"))
-        shards.append(make(folder, lines[:300] + lines[301:], variant("gemma4_tiny_e4b")).shard)
+            make(folder, lines, E4B)
+        shards.append(make(folder, lines[:300] + lines[301:], E4B).shard)
     assert shards[0].digest == shards[1].digest and shards[0].counts == shards[1].counts
     assert shards[0].counts.kept == 699 and shards[0].counts.keys == {"id": 698}
