@@ -1,20 +1,25 @@
 """The output head: soft cap, and the fused linear cross entropy that never holds the batch's logits.
 
-Per chunk of tokens: logits, soft cap, log-sum-exp, and at once the gradients of hidden states
-and head, so the largest buffer is [chunk, V]. (Cut cross entropy goes further on a GPU but
-drops small gradients; this one is exact.) The formulas are in docs/gemma4.md 7.1 and 7.2.
+Scores of a few tokens at a time are made, a block of the vocabulary after the other, each while the one before is
+still in the cache: first the sums of their exponentials, then, from the same scores, the gradients of hidden states
+and head. (Cut cross entropy makes the scores twice and drops small gradients; this one is exact.) The formulas are in
+docs/gemma4.md 7.1 and 7.2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.precision import accumulation_dtype
+from model.errors import ConfigError
+from model.precision import accumulation_dtype, add_product_, product_
+
+LARGEST_SOFTCAP = 70.0
+"""Scores are at most this, so that exponentials and their sums are numbers in float32 without taking a maximum out."""
 
 
 class CrossEntropy(NamedTuple):
@@ -25,11 +30,30 @@ class CrossEntropy(NamedTuple):
     z: Tensor
 
 
+class Tiles(NamedTuple):
+    """How much of the scores [T, V] is held: those of `tokens`, made `pieces` of the vocabulary at a time."""
+
+    tokens: int
+    pieces: int
+
+    @classmethod
+    def default(cls, device: torch.device, vocabulary: int) -> Tiles:
+        """On a CPU blocks in the cache, of at least 128 tokens: for fewer, reading the table would take longest."""
+        if device.type != "cpu":
+            return cls(max(64, (1 << 26) // vocabulary), vocabulary)
+        tokens = max(128, (1 << 23) // vocabulary)
+        return cls(tokens, max(1, (1 << 21) // tokens))
+
+
 class Head(nn.Module):
     """Scores and loss through the token table [V, D], which is the head; a plan that splits it replaces this module."""
 
     def __init__(self, softcap: float) -> None:
         super().__init__()
+        if softcap > LARGEST_SOFTCAP:
+            raise ConfigError(
+                f"model.final_logit_softcapping={softcap} is too large; largest legal: {LARGEST_SOFTCAP}."
+            )
         self.softcap = softcap
 
     def logits(self, hidden: Tensor, weight_VD: Tensor) -> Tensor:
@@ -40,16 +64,12 @@ class Head(nn.Module):
         """The fused loss: see `linear_cross_entropy`."""
         return linear_cross_entropy(hidden_TD, weight_VD, labels_T, softcap=self.softcap, z_loss=z_loss)
 
-    def log_probs(
-        self, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_size: int | None = None
-    ) -> Tensor:
+    def log_probs(self, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, tiles: Tiles | None = None) -> Tensor:
         """Log-probability [T] of each label, differentiable, for objectives that weigh tokens afterwards.
 
-        In the accumulation dtype. Scores are made chunk by chunk, and again in the backward, so no tensor is [T, V].
+        In the accumulation dtype. Scores are made tile by tile, and again in the backward, so no tensor is [T, V].
         """
-        if chunk_size is None:
-            chunk_size = default_chunk_size(hidden_TD.device, weight_VD.shape[0])
-        return _LogProbs.apply(hidden_TD, weight_VD, labels_T, self.softcap, chunk_size)
+        return _LogProbs.apply(hidden_TD, weight_VD, labels_T, self.softcap, tiles)
 
 
 def softcapped_logits(logits: Tensor, cap: float) -> Tensor:
@@ -64,38 +84,100 @@ def linear_cross_entropy(
     *,
     softcap: float,
     z_loss: float = 0.0,
-    chunk_size: int | None = None,
+    tiles: Tiles | None = None,
 ) -> CrossEntropy:
     """Sum of -log softmax(softcap(h W^T))[label], plus `z_loss` times the squared log-sum-exp (docs/gemma4.md 7.2).
 
-    labels_T: [T] int64, all in [0, V); select supervised rows first. chunk_size: tokens per
-    chunk, of which there are three buffers [chunk, V]; by default `default_chunk_size`.
+    labels_T: [T] int64, all in [0, V); select supervised rows first. tiles: by default `Tiles.default`.
     """
-    if chunk_size is None:
-        chunk_size = default_chunk_size(hidden_TD.device, weight_VD.shape[0])
-    return CrossEntropy(*_LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, softcap, z_loss, chunk_size))
+    return CrossEntropy(*_LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, softcap, z_loss, tiles))
+
+
+class ScoreTiles:
+    """Scores of chunks of tokens, one chunk after the other in one buffer; and the gradients that they give.
+
+    labels_T count from the first row of `weight_VD`, which may be a part of the table: a label outside of it gives
+    nothing here.
+    """
+
+    def __init__(
+        self, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, softcap: float, tiles: Tiles | None
+    ) -> None:
+        self.hidden_TD, self.weight_VD, self.labels_T, self.softcap = hidden_TD, weight_VD, labels_T, softcap
+        vocabulary = weight_VD.shape[0]
+        tokens, pieces = tiles or Tiles.default(hidden_TD.device, max(1, vocabulary))
+        self.tokens = min(tokens, hidden_TD.shape[0])
+        self.blocks = [slice(v, min(v + pieces, vocabulary)) for v in range(0, vocabulary, pieces)]
+        self.dtype = accumulation_dtype(hidden_TD.dtype)
+        self._capped = hidden_TD.new_empty(self.tokens * vocabulary, dtype=self.dtype)
+        self._scratch = hidden_TD.new_empty(self.tokens * min(pieces, vocabulary), dtype=self.dtype)
+
+    def __iter__(self) -> Iterator[slice]:
+        """Rows of one chunk after the other."""
+        total = self.hidden_TD.shape[0]
+        return (slice(start, min(start + self.tokens, total)) for start in range(0, total, self.tokens or 1))
+
+    def make(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Make the scores of a chunk; the sum of their exponentials and the label's score, for each token."""
+        hidden, labels = self.hidden_TD[rows], self.labels_T[rows]
+        sums, labelled = hidden.new_zeros((2, len(hidden)), dtype=self.dtype)
+        for block, capped, scratch in self._blocks(len(hidden)):
+            product_(capped, hidden, self.weight_VD[block].T, 1 / self.softcap)
+            capped.tanh_()
+            here, place = _here(labels, block)
+            labelled += capped.gather(1, place)[:, 0].mul_(here)
+            sums += torch.mul(capped, self.softcap, out=scratch).exp_().sum(dim=1)
+        return sums, labelled.mul_(self.softcap)
+
+    def add_gradients(self, rows: slice, of_all: Tensor, of_label: Tensor, gradients: LossGradients) -> None:
+        """Add what the chunk made last gives: gradients of scores are exp(score) * of_all, at the label + of_label."""
+        hidden, labels = self.hidden_TD[rows], self.labels_T[rows]
+        for block, capped, scratch in self._blocks(len(hidden)):
+            grad = torch.mul(capped, self.softcap, out=scratch).exp_().mul_(of_all[:, None])
+            here, place = _here(labels, block)
+            grad.scatter_add_(1, place, (of_label * here)[:, None])
+            torch.ops.aten.tanh_backward.grad_input(grad, capped, grad_input=grad)
+            gradients.add(rows, block, hidden, grad)
+
+    def _blocks(self, tokens: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Each block with its part of the buffer, which is contiguous, and as much to work in."""
+        for block in self.blocks:
+            shape, size = (tokens, block.stop - block.start), tokens * (block.stop - block.start)
+            start = tokens * block.start
+            yield block, self._capped[start : start + size].view(shape), self._scratch[:size].view(shape)
+
+
+def _here(labels_T: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Whether each label is in a block, and a place [T, 1] there, real or not.
+
+    No number of tokens is asked for, which would make the host wait for a GPU.
+    """
+    here_T = (labels_T >= block.start) & (labels_T < block.stop)
+    return here_T, (labels_T - block.start).clamp(0, block.stop - block.start - 1)[:, None]
 
 
 class LossGradients:
-    """Gradients of hidden states and head, which a loss makes chunk by chunk, in its forward or its backward."""
+    """Gradients of hidden states and head, which a loss makes tile by tile, in its forward or its backward."""
 
     def __init__(self, ctx: Any, hidden_TD: Tensor, weight_VD: Tensor) -> None:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         self.weight_VD = weight_VD
-        self.of_hidden = torch.empty_like(hidden_TD) if wants_hidden else None
         dtype = accumulation_dtype(weight_VD.dtype)
-        self.of_weight = torch.zeros_like(weight_VD, dtype=dtype) if wants_weight else None
+        self.of_hidden = torch.zeros_like(hidden_TD, dtype=dtype) if wants_hidden else None
+        self.of_weight = torch.empty_like(weight_VD, dtype=dtype) if wants_weight else None
+        if self.of_weight is not None and not len(hidden_TD):
+            self.of_weight.zero_()
         self.wanted = wants_hidden or wants_weight
 
-    def add(self, start: int, hidden: Tensor, capped: Tensor, grad_fp32: Tensor) -> None:
-        """Add a chunk's gradients, given those of its scores; `capped` is in units of the cap. Both are overwritten."""
-        grad = grad_fp32.mul_(capped.square_().neg_().add_(1)).to(self.weight_VD.dtype)
+    def add(self, rows: slice, block: slice, hidden: Tensor, grad: Tensor) -> None:
+        """Add what the gradient of a tile's scores gives, before the soft cap."""
+        grad = grad.to(self.weight_VD.dtype)
         if self.of_hidden is not None:
-            torch.mm(grad, self.weight_VD, out=self.of_hidden[start : start + hidden.shape[0]])
-        if self.of_weight is not None and grad.dtype == self.of_weight.dtype:
-            self.of_weight.addmm_(grad.T, hidden)
+            add_product_(self.of_hidden[rows], grad, self.weight_VD[block])
+        if self.of_weight is not None and rows.start == 0:
+            product_(self.of_weight[block], grad.T, hidden)
         elif self.of_weight is not None:
-            self.of_weight += grad.T @ hidden
+            add_product_(self.of_weight[block], grad.T, hidden)
 
     def save(self, ctx: Any) -> None:
         """Keep the gradients for the backward, which only scales them."""
@@ -107,25 +189,18 @@ class LossGradients:
         """The saved gradients, times the gradient of the loss."""
         of_hidden, of_weight = ctx.saved_tensors
         # In place, since a copy would be as large as the head; autograd itself refuses a second backward.
-        if of_hidden is not None:
-            of_hidden.mul_(grad_total)
-        if of_weight is not None:
-            of_weight = of_weight.mul_(grad_total).to(ctx.weight_dtype)
-        return of_hidden, of_weight
+        for saved in (of_hidden, of_weight):
+            if saved is not None:
+                saved.mul_(grad_total)
+        return _narrowed(of_hidden, ctx.weight_dtype), _narrowed(of_weight, ctx.weight_dtype)
+
+    def cast(self) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients in the dtype of what they are of."""
+        return _narrowed(self.of_hidden, self.weight_VD.dtype), _narrowed(self.of_weight, self.weight_VD.dtype)
 
 
-def capped_scores_(out: Tensor, hidden: Tensor, weight_VD: Tensor, softcap: float) -> None:
-    """Fill a float32 buffer with a chunk's soft-capped scores, in units of the cap."""
-    if hidden.dtype == out.dtype:
-        torch.mm(hidden, weight_VD.T, out=out)
-    else:
-        out.copy_(hidden @ weight_VD.T)
-    out.div_(softcap).tanh_()
-
-
-def default_chunk_size(device: torch.device, vocabulary: int) -> int:
-    """Tokens that keep a buffer [chunk, vocabulary] near 16 MiB on a CPU and 256 MiB on a GPU; at least 64."""
-    return max(64, (1 << (22 if device.type == "cpu" else 26)) // vocabulary)
+def _narrowed(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if gradient is None else gradient.to(dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -137,74 +212,66 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels_T: Tensor,
         softcap: float,
         z_loss: float,
-        chunk_size: int,
+        tiles: Tiles | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        gradients = LossGradients(ctx, hidden_TD, weight_VD)
-        dtype = accumulation_dtype(hidden_TD.dtype)
-        nll = hidden_TD.new_zeros((), dtype=dtype)
-        z = nll.clone()
-        # Three buffers serve every chunk: fresh ones of this size would cost more than the arithmetic.
-        buffers = hidden_TD.new_empty((3, min(chunk_size, hidden_TD.shape[0]), weight_VD.shape[0]), dtype=dtype)
-        for start in range(0, hidden_TD.shape[0], chunk_size):
-            hidden, labels = hidden_TD[start : start + chunk_size], labels_T[start : start + chunk_size, None]
-            capped, scores, log_p = buffers[:, : hidden.shape[0]].unbind()
-            capped_scores_(capped, hidden, weight_VD, softcap)
-            torch.mul(capped, softcap, out=scores)
-            torch.log_softmax(scores, dim=-1, out=log_p)
-            log_p_label = log_p.gather(1, labels)
-            log_z = scores.gather(1, labels) - log_p_label
-            nll -= log_p_label.sum()
-            z += log_z.square().sum()
-            if gradients.wanted:
-                grad_fp32 = log_p.exp_()
-                if z_loss:
-                    grad_fp32.mul_(1 + 2 * z_loss * log_z)
-                grad_fp32.scatter_add_(1, labels, torch.full_like(log_z, -1.0))
-                gradients.add(start, hidden, capped, grad_fp32)
-        gradients.save(ctx)
-        ctx.mark_non_differentiable(nll, z)
-        return nll + z_loss * z, nll, z
+        return cross_entropy(ctx, ScoreTiles(hidden_TD, weight_VD, labels_T, softcap, tiles), z_loss)
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         return *LossGradients.scaled(ctx, grad_total), None, None, None, None
 
 
+def cross_entropy(
+    ctx: Any, scores: ScoreTiles, z_loss: float, over_parts: Callable[[Tensor], Tensor] = lambda sums: sums
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward of the fused loss, in which its gradients are made and saved.
+
+    over_parts: sums a tensor over the parts of a table that is split.
+    """
+    gradients = LossGradients(ctx, scores.hidden_TD, scores.weight_VD)
+    nll = scores.hidden_TD.new_zeros((), dtype=scores.dtype)
+    z = nll.clone()
+    for rows in scores:
+        sums, labelled = over_parts(torch.stack(scores.make(rows)))
+        log_z = sums.log()
+        nll += (log_z - labelled).sum()
+        z += log_z.square().sum()
+        if gradients.wanted:
+            scores.add_gradients(rows, (1 + 2 * z_loss * log_z) / sums, torch.full_like(sums, -1.0), gradients)
+    gradients.save(ctx)
+    ctx.mark_non_differentiable(nll, z)
+    return nll + z_loss * z, nll, z
+
+
 class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, softcap: float, chunk_size: int
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, softcap: float, tiles: Tiles | None
     ) -> Tensor:
-        found_T = hidden_TD.new_empty(hidden_TD.shape[0], dtype=accumulation_dtype(hidden_TD.dtype))
-        for rows, capped, scores in score_chunks(hidden_TD, weight_VD, softcap, chunk_size):
-            torch.log_softmax(scores, dim=-1, out=capped)
-            found_T[rows] = capped.gather(1, labels_T[rows, None])[:, 0]
-        ctx.save_for_backward(hidden_TD, weight_VD, labels_T)
-        ctx.softcap, ctx.chunk_size = softcap, chunk_size
-        return found_T
+        ctx.softcap, ctx.tiles = softcap, tiles
+        sums_T, labelled_T = sums_and_labelled(ScoreTiles(hidden_TD, weight_VD, labels_T, softcap, tiles))
+        ctx.save_for_backward(hidden_TD, weight_VD, labels_T, sums_T)
+        return labelled_T - sums_T.log()
 
     @staticmethod
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TD, weight_VD, labels_T = ctx.saved_tensors
-        gradients = LossGradients(ctx, hidden_TD, weight_VD)
-        for rows, capped, scores in score_chunks(hidden_TD, weight_VD, ctx.softcap, ctx.chunk_size):
-            weights_T1 = grad_T[rows, None]
-            torch.softmax(scores, dim=-1, out=scores)
-            scores.mul_(-weights_T1).scatter_add_(1, labels_T[rows, None], weights_T1)
-            gradients.add(rows.start, hidden_TD[rows], capped, scores)
-        of_weight = gradients.of_weight
-        return gradients.of_hidden, None if of_weight is None else of_weight.to(weight_VD.dtype), None, None, None
+        return *log_probs_gradients(ctx, grad_T), None, None, None
 
 
-def score_chunks(
-    hidden_TD: Tensor, weight_VD: Tensor, softcap: float, chunk_size: int
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows of a chunk, its scores in units of the cap, and its scores: two buffers that serve every chunk."""
-    shape = (2, min(chunk_size, hidden_TD.shape[0]), weight_VD.shape[0])
-    buffers = hidden_TD.new_empty(shape, dtype=accumulation_dtype(hidden_TD.dtype))
-    for start in range(0, hidden_TD.shape[0], chunk_size):
-        rows = slice(start, min(start + chunk_size, hidden_TD.shape[0]))
-        capped, scores = buffers[:, : rows.stop - start].unbind()
-        capped_scores_(capped, hidden_TD[rows], weight_VD, softcap)
-        torch.mul(capped, softcap, out=scores)
-        yield rows, capped, scores
+def sums_and_labelled(scores: ScoreTiles) -> Tensor:
+    """Sums of exponentials and the labels' scores [2, T]."""
+    found_2T = scores.hidden_TD.new_empty((2, len(scores.hidden_TD)), dtype=scores.dtype)
+    for rows in scores:
+        found_2T[0, rows], found_2T[1, rows] = scores.make(rows)
+    return found_2T
+
+
+def log_probs_gradients(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of hidden states and head, by scores that are made again and the sums that were kept."""
+    hidden_TD, weight_VD, labels_T, sums_T = ctx.saved_tensors
+    scores = ScoreTiles(hidden_TD, weight_VD, labels_T, ctx.softcap, ctx.tiles)
+    gradients = LossGradients(ctx, hidden_TD, weight_VD)
+    for rows in scores:
+        scores.make(rows)
+        scores.add_gradients(rows, -grad_T[rows] / sums_T[rows], grad_T[rows], gradients)
+    return gradients.cast()

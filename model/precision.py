@@ -18,3 +18,23 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def upcast(x: Tensor) -> Tensor:
     """The tensor in its accumulation dtype; itself if it has that already."""
     return x.to(accumulation_dtype(x.dtype))
+
+
+def product_(out: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """Fill `out`, in the accumulation dtype, with a scaled product of matrices that are perhaps narrower."""
+    if left.dtype == out.dtype:
+        return torch.addmm(out, left, right, beta=0, alpha=scale, out=out)
+    if out.is_cuda:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(left @ right)
+    return out if scale == 1.0 else out.mul_(scale)
+
+
+def add_product_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Add a product of matrices that are perhaps narrower to `out`, in the accumulation dtype."""
+    if left.dtype == out.dtype:
+        return out.addmm_(left, right)
+    if out.is_cuda:
+        return torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+    return out.add_(left @ right)

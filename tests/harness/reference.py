@@ -197,7 +197,7 @@ def ours_step(
     positions: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Every gradient of the same loss through the supervised path and the fused loss."""
-    from model.head import linear_cross_entropy
+    from model.head import Tiles, linear_cross_entropy
 
     model.zero_grad()
     keep = labels_BS != -100
@@ -207,7 +207,7 @@ def ours_step(
         model.head_weight,
         labels_BS[keep],
         softcap=model.config.final_logit_softcapping,
-        chunk_size=16,
+        tiles=Tiles(16, 100),
     )
     (loss.total / keep.sum()).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 
 import pytest
@@ -9,15 +10,16 @@ import torch
 import torch.nn.functional as F
 
 from launch.benchmarks.compare import in_a_process
-from model.head import Head, linear_cross_entropy, softcapped_logits
+from model import ConfigError
+from model.head import LARGEST_SOFTCAP, Head, Tiles, linear_cross_entropy, softcapped_logits
 from tests.harness.report import report
 
 T, V, D, CAP = 37, 301, 16, 30.0
 
 
-@pytest.mark.parametrize("chunk_size", [1, 8, 37, 64])
+@pytest.mark.parametrize("tiles", [(1, 301), (8, 64), (37, 7), (64, 1000)], ids=str)
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_values_and_gradients_equal_the_plain_loss(chunk_size: int, z_loss: float) -> None:
+def test_values_and_gradients_equal_the_plain_loss(tiles: tuple[int, int], z_loss: float) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, D, generator=generator, dtype=torch.float64) * 3 for n in (T, V))
     hidden.requires_grad_(), weight.requires_grad_()
@@ -26,7 +28,7 @@ def test_values_and_gradients_equal_the_plain_loss(chunk_size: int, z_loss: floa
     nll = F.cross_entropy(logits, labels, reduction="sum")
     z = logits.logsumexp(-1).square().sum()
     expected = torch.autograd.grad((nll + z_loss * z) / T, (hidden, weight))
-    found = linear_cross_entropy(hidden, weight, labels, softcap=CAP, z_loss=z_loss, chunk_size=chunk_size)
+    found = linear_cross_entropy(hidden, weight, labels, softcap=CAP, z_loss=z_loss, tiles=Tiles(*tiles))
     torch.testing.assert_close(found.nll, nll, rtol=1e-12, atol=0)
     torch.testing.assert_close(found.z, z, rtol=1e-12, atol=0)
     torch.testing.assert_close(found.total, nll + z_loss * z, rtol=1e-12, atol=0)
@@ -34,14 +36,14 @@ def test_values_and_gradients_equal_the_plain_loss(chunk_size: int, z_loss: floa
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 8, 37, 64])
-def test_log_probs_and_gradients_of_any_weights_equal_the_plain_formula(chunk_size: int) -> None:
+@pytest.mark.parametrize("tiles", [(1, 301), (8, 64), (37, 7), (64, 1000)], ids=str)
+def test_log_probs_and_gradients_of_any_weights_equal_the_plain_formula(tiles: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, D, generator=generator, dtype=torch.float64) * 3 for n in (T, V))
     hidden.requires_grad_(), weight.requires_grad_()
     labels = torch.randint(0, V, (T,), generator=generator)
     expected = softcapped_logits(hidden @ weight.T, CAP).log_softmax(-1)[torch.arange(T), labels]
-    found = Head(CAP).log_probs(hidden, weight, labels, chunk_size)
+    found = Head(CAP).log_probs(hidden, weight, labels, Tiles(*tiles))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     weights = torch.randn(T, generator=generator, dtype=torch.float64)  # known only afterwards
     weights[3] = 0
@@ -54,7 +56,7 @@ def test_log_probs_of_no_tokens_and_in_bfloat16() -> None:
     Head(CAP).log_probs(hidden, weight, torch.empty(0, dtype=torch.long)).sum().backward()
     assert weight.grad is not None and not weight.grad.any()
     hidden, weight = (torch.randn(n, D).bfloat16().requires_grad_() for n in (T, V))
-    found = Head(CAP).log_probs(hidden, weight, torch.randint(0, V, (T,)), 8)
+    found = Head(CAP).log_probs(hidden, weight, torch.randint(0, V, (T,)), Tiles(8, 100))
     found.sum().backward()
     assert hidden.grad is not None and weight.grad is not None
     assert found.dtype == torch.float32 and hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
@@ -64,7 +66,7 @@ def test_bfloat16_hidden_states_give_a_float32_loss() -> None:
     hidden, weight = torch.randn(T, D, dtype=torch.bfloat16), torch.randn(V, D, dtype=torch.bfloat16)
     hidden.requires_grad_(), weight.requires_grad_()
     labels = torch.randint(0, V, (T,))
-    loss = linear_cross_entropy(hidden, weight, labels, softcap=CAP, chunk_size=8)
+    loss = linear_cross_entropy(hidden, weight, labels, softcap=CAP, tiles=Tiles(8, 100))
     loss.total.backward()
     assert hidden.grad is not None and weight.grad is not None
     plain = F.cross_entropy(softcapped_logits(hidden.float() @ weight.float().T, CAP), labels, reduction="sum")
@@ -78,6 +80,18 @@ def test_a_second_backward_is_refused_rather_than_wrong() -> None:
     (total / T).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace"):
         (total / T).backward()
+
+
+def test_scores_at_the_largest_cap_keep_their_sums_finite() -> None:
+    """All of a row's scores at the cap, and all but the label's at its negative: the ends of float32."""
+    weight = torch.ones(V, 1) * 1e4
+    hidden, labels = torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 1])
+    found = linear_cross_entropy(hidden, weight, labels, softcap=LARGEST_SOFTCAP)
+    assert found.nll.item() == pytest.approx(2 * math.log(V), rel=1e-5)
+    most = math.exp(LARGEST_SOFTCAP) * 262_144
+    assert most < torch.finfo(torch.float32).max and math.exp(-LARGEST_SOFTCAP) > torch.finfo(torch.float32).tiny
+    with pytest.raises(ConfigError, match=r"softcapping=90\.0 is too large; largest legal: 70\.0"):
+        Head(90.0)
 
 
 def test_no_tokens_is_a_loss_of_zero_with_zero_gradients() -> None:
