@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from model.errors import UserError, nearest
 
@@ -31,8 +31,8 @@ def parse(schema: type[T], arguments: list[str], words: str | None = None) -> T:
         legal = fields[key].metadata.get("choices", (text,))
         if text not in legal:
             raise UserError(f"{key}={text} does not exist; nearest: {nearest(text, legal)} (all: {', '.join(legal)}).")
-        if hints[key] == list[str]:
-            values.setdefault(key, []).append(text)
+        if get_origin(hints[key]) is list:
+            values.setdefault(key, []).append(_convert(key, text, hints[key]))
         elif key in values:
             raise UserError(f"{key} is given twice; give it once.")
         else:

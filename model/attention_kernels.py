@@ -1,8 +1,8 @@
-"""Softmax attention over the keys of an `AttentionMask`: one kernel per device.
+"""Softmax attention over the keys of an `AttentionMask`: one kernel for each device and width of head.
 
-`blocked` (CPU): queries in blocks against the span of keys the block can see, so a sliding
+`blocked` (CPU, and wide heads on a GPU): queries in blocks against the span of keys the block can see, so a sliding
 layer costs S * W, a packed full layer the sum over its documents, and unsupervised stretches nothing.
-`flex` (GPU): compiled flex attention over the same mask. Unverified on GPU.
+`flex` (heads of up to 256 on a GPU): compiled flex attention over the same mask. Not run on a GPU so far.
 `partial_attention` is for keys that arrive block by block: it also gives the log-sum-exp by which outputs merge.
 Scores are not scaled (Gemma 4 normalises queries and keys) and have no soft cap (docs/gemma4.md 3.1).
 
@@ -17,12 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from model.masks import AttentionMask, Block
-from model.precision import accumulation_dtype, upcast
+from model.precision import accumulation_dtype, product, upcast
 
 AttentionKernel = Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor]
+FlexCall = Callable[[Tensor, Tensor, Tensor, BlockMask], Any]
+
+LARGEST_FLEX_HEAD = 256
+"""At 512, that of full layers, flex attention in bfloat16 asks for more shared memory than any GPU has."""
 
 
 def attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: AttentionMask) -> Tensor:
@@ -30,7 +34,7 @@ def attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: AttentionMask) 
     if q_TNH.shape[0] == 0:  # flex refuses it; keys and values still get their (zero) gradients
         return q_TNH + 0 * (k_TKH.sum() + v_TKH.sum())
     k_BSKH, v_BSKH = (t.unflatten(0, (mask.batch_size, mask.num_keys)) for t in (k_TKH, v_TKH))
-    return kernel_for(q_TNH.device.type)(q_TNH, k_BSKH, v_BSKH, mask)
+    return kernel_for(q_TNH.device.type, q_TNH.shape[-1])(q_TNH, k_BSKH, v_BSKH, mask)
 
 
 def partial_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor]:
@@ -39,16 +43,26 @@ def partial_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: Attenti
     Differentiable in both. A query that sees none of the keys gets 0 and -inf, and gives no gradient.
     """
     k_BSKH, v_BSKH = (t.unflatten(0, (mask.batch_size, mask.num_keys)) for t in (k_TKH, v_TKH))
-    return (flex_partial if q_TNH.device.type == "cuda" else blocked_partial)(q_TNH, k_BSKH, v_BSKH, mask)
+    by_flex = kernel_for(q_TNH.device.type, q_TNH.shape[-1]) is flex
+    return (flex_partial if by_flex else blocked_partial)(q_TNH, k_BSKH, v_BSKH, mask)
 
 
-def kernel_for(device_type: str) -> AttentionKernel:
-    """Flex attention on a GPU, the blocked kernel elsewhere."""
-    return flex if device_type == "cuda" else blocked
+def kernel_for(device_type: str, head_dim: int) -> AttentionKernel:
+    """Flex attention on a GPU for heads whose tiles fit its shared memory, the blocked kernel elsewhere."""
+    return flex if device_type == "cuda" and head_dim <= LARGEST_FLEX_HEAD else blocked
+
+
+def flex_shared_memory(head_dim: int, itemsize: int) -> int:
+    """Bytes of shared memory that flex attention's forward takes at torch's tile for wide heads.
+
+    A tile of queries stays; keys and values come in stages. For heads above 256 torch has this one candidate.
+    """
+    queries, keys, stages = 64, 32, 3
+    return (queries + 2 * stages * keys) * head_dim * itemsize
 
 
 def blocked(q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> Tensor:
-    """Attention on a CPU, in blocks of queries over the keys that each block can see."""
+    """Attention by products of matrices, in blocks of queries over the keys that each block can see."""
     return _Blocked.apply(q_TNH, k_BSKH, v_BSKH, mask)
 
 
@@ -133,7 +147,7 @@ def _gradients(
         keys = (block.sequence, slice(block.key_start, block.key_end))
         grad_v[keys] += (probabilities.to(v.dtype).mT @ grad).transpose(0, 1)
         dot = _group(dot_TN[rows, :, None], num_kv_heads)
-        grad_scores = upcast(grad @ v.mT).sub_(dot).mul_(probabilities).to(q.dtype)
+        grad_scores = product(grad, v.mT).sub_(dot).mul_(probabilities).to(q.dtype)
         grad_q[rows] = _ungroup(grad_scores @ k, block)
         grad_k[keys] += (grad_scores.mT @ q).transpose(0, 1)
     return grad_q, grad_k, grad_v
@@ -162,7 +176,7 @@ def _scores(q: Tensor, k: Tensor, block: Block, mask: AttentionMask) -> Tensor:
     rows = slice(block.query_start, block.query_end)
     keys = torch.arange(block.key_start, block.key_end, device=q.device)
     hidden_QR = (keys < mask.first_key_T[rows, None]) | (keys > mask.last_key_T[rows, None])
-    scores = upcast(q @ k.mT)
+    scores = product(q, k.mT)
     num_queries = block.query_end - block.query_start
     scores.unflatten(1, (-1, num_queries)).masked_fill_(hidden_QR, float("-inf"))
     return scores
@@ -177,48 +191,60 @@ def _exp_over(scores: Tensor, lse: Tensor) -> Tensor:
 
 
 _FLEX_GRAPHS = 64
-"""One graph per head width, dtype, batch size class, and with or without gradients: more than torch's limit of 8."""
-
-
-@cache
-def _compiled_flex() -> Callable[..., Any]:
-    # Whole or not at all: a silent fall-back would hold the scores of every pair.
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+"""One graph per head width, dtype, shape, and with or without gradients: more than torch's limit of 8."""
 
 
 def flex(q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> Tensor:
     """Attention on a GPU, by compiled flex attention."""
     with torch.compiler.config.patch(recompile_limit=_FLEX_GRAPHS):  # type: ignore[attr-defined]
-        return flex_over(_compiled_flex(), q_TNH, k_BSKH, v_BSKH, mask)
+        return flex_over(_compiled(flex_call, mask), q_TNH, k_BSKH, v_BSKH, mask)
 
 
 def flex_partial(q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor]:
     """Flex attention over some of the keys, with the log-sum-exp [T, N] by which parts are merged."""
     with torch.compiler.config.patch(recompile_limit=_FLEX_GRAPHS):  # type: ignore[attr-defined]
-        return flex_partial_over(_compiled_flex(), q_TNH, k_BSKH, v_BSKH, mask)
+        return flex_partial_over(_compiled(flex_call_with_lse, mask), q_TNH, k_BSKH, v_BSKH, mask)
 
 
-def flex_over(kernel: Callable[..., Any], q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> Tensor:
+def flex_call(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Any:
+    """Flex attention with what is the same in every layer as constants of its graph."""
+    return flex_attention(q, k, v, block_mask=block_mask, scale=1.0, enable_gqa=True)
+
+
+def flex_call_with_lse(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Any:
+    """The same, with the log-sum-exp beside the output."""
+    return flex_attention(q, k, v, block_mask=block_mask, scale=1.0, enable_gqa=True, return_aux=AuxRequest(lse=True))
+
+
+def _compiled(call: FlexCall, mask: AttentionMask) -> FlexCall:
+    """Whole batches have one shape, known when their kernel is made; numbers of narrowed queries change."""
+    return _compiled_flex(call, dynamic=mask.padding is not None or mask.num_queries != mask.batch_size * mask.num_keys)
+
+
+@cache
+def _compiled_flex(call: FlexCall, *, dynamic: bool) -> FlexCall:
+    # Whole or not at all: a silent fall-back would hold the scores of every pair.
+    return torch.compile(call, dynamic=dynamic, fullgraph=True)
+
+
+def flex_over(kernel: FlexCall, q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> Tensor:
     """Pad the queries of each sequence to one length, run a flex kernel, and take the real ones back out."""
     return _real(_run_flex(kernel, q_TNH, k_BSKH, v_BSKH, mask), mask)
 
 
 def flex_partial_over(
-    kernel: Callable[..., Any], q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask
+    kernel: FlexCall, q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask
 ) -> tuple[Tensor, Tensor]:
     """The outputs of `flex_over`, with the log-sum-exp."""
-    out_BNQH, aux = _run_flex(kernel, q_TNH, k_BSKH, v_BSKH, mask, return_aux=AuxRequest(lse=True))
+    out_BNQH, aux = _run_flex(kernel, q_TNH, k_BSKH, v_BSKH, mask)
     return _real(out_BNQH, mask), _real(aux.lse, mask)
 
 
-def _run_flex(
-    kernel: Callable[..., Any], q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask, **options: Any
-) -> Any:
+def _run_flex(kernel: FlexCall, q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> Any:
     k, v = k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2)
     padding = mask.padding
     q_BQNH = q_TNH.unflatten(0, (mask.batch_size, -1)) if padding is None else q_TNH[padding.index_BQ]
-    q = q_BQNH.transpose(1, 2)
-    return kernel(q, k, v, block_mask=mask.block_mask, scale=1.0, enable_gqa=True, **options)
+    return kernel(q_BQNH.transpose(1, 2), k, v, mask.block_mask)
 
 
 def _real(x_BNQ: Tensor, mask: AttentionMask) -> Tensor:

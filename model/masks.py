@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 
 from model.token_types import is_vision
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from model.config import Gemma4Config, LayerType
 
 BLOCK_SIZE = 128
-"""Queries per block of the CPU kernel."""
+"""Queries in a block of the blocked kernel on a CPU; queries and keys in a tile of flex attention."""
 
 
 class Block(NamedTuple):
@@ -75,7 +76,7 @@ class AttentionMask:
         """The mask on a device, prepared by the values that are still here."""
         moved, padding = self._on(device), self.padding
         made = vars(moved)  # where `cached_property` keeps what it has made
-        made["blocks"] = self.blocks
+        made["blocks"] = self.blocks if device.type == "cpu" else self.blocks_of(gpu_block_size(self.num_keys))
         made["padding"] = padding and Padding(*(t.to(device, non_blocking=True) for t in padding))
         if device.type == "cuda":
             _ = moved.block_mask
@@ -95,11 +96,15 @@ class AttentionMask:
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
+        """Blocks for the CPU."""
+        return self.blocks_of(BLOCK_SIZE)
+
+    def blocks_of(self, size: int) -> tuple[Block, ...]:
         """Runs of queries in one aligned stretch of a sequence; one that asks or sees nothing costs nothing."""
         if self.num_queries == 0:
             return ()
-        stretches = self.num_keys // BLOCK_SIZE + 1
-        key_T = self.batch_T * stretches + self.position_T // BLOCK_SIZE
+        stretches = self.num_keys // size + 1
+        key_T = self.batch_T * stretches + self.position_T // size
         stretch, counts = torch.unique_consecutive(key_T, return_counts=True)
         ends = counts.cumsum(0)
         owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
@@ -123,21 +128,35 @@ class AttentionMask:
 
     @cached_property
     def block_mask(self) -> BlockMask:
-        """`mask_mod` as flex attention's block-sparse mask."""
-        queries = self.num_queries // self.batch_size if self.padding is None else self.padding.index_BQ.shape[1]
-        device = self.batch_T.device
-        # Uncompiled, it would hold the mask of every pair.
-        create = _compiled_create_block_mask() if device.type == "cuda" else create_block_mask
-        return create(self.mask_mod(), self.batch_size, None, queries, self.num_keys, device=str(device))
+        """The mask as flex attention's block-sparse one, made from the intervals, without a look at every pair."""
+        first_BQ, last_BQ = self._padded()
+        missing = -first_BQ.shape[1] % BLOCK_SIZE
+        # A place without a query sees nothing, so that its tile is never taken for one that sees all.
+        first = F.pad(first_BQ, (0, missing), value=self.num_keys).unflatten(1, (-1, BLOCK_SIZE))
+        last = F.pad(last_BQ, (0, missing), value=-1).unflatten(1, (-1, BLOCK_SIZE))
+        starts = torch.arange(0, self.num_keys, BLOCK_SIZE, device=first.device)
+        ends = starts + BLOCK_SIZE - 1
+        seen = (starts <= last.amax(-1, keepdim=True)) & (ends >= first.amin(-1, keepdim=True))
+        whole = (starts >= first.amax(-1, keepdim=True)) & (ends <= last.amin(-1, keepdim=True))
+        return BlockMask.from_kv_blocks(
+            *_ordered(seen & ~whole),
+            *_ordered(whole),
+            BLOCK_SIZE=BLOCK_SIZE,
+            mask_mod=self.mask_mod(),
+            seq_lengths=(first_BQ.shape[1], self.num_keys),
+        )
+
+    def _padded(self) -> tuple[Tensor, Tensor]:
+        """First and last key of each padded query [B, Q], in int32; one that is none sees no key."""
+        first, last = self.first_key_T.int(), self.last_key_T.int()
+        if self.padding is None:
+            return first.unflatten(0, (self.batch_size, -1)), last.unflatten(0, (self.batch_size, -1))
+        index, real = self.padding.index_BQ, self.padding.real_BQ
+        return first[index].masked_fill(~real, self.num_keys), last[index].masked_fill(~real, -1)
 
     def mask_mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """The same mask over the padded queries, in the form flex attention takes."""
-        if self.padding is None:
-            first, last = (t.unflatten(0, (self.batch_size, -1)) for t in (self.first_key_T, self.last_key_T))
-        else:
-            index = self.padding.index_BQ
-            first, last = self.first_key_T[index], self.last_key_T[index]
-            last = torch.where(self.padding.real_BQ, last, -1)
+        first, last = self._padded()
 
         def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return (k >= first[b, q]) & (k <= last[b, q])
@@ -150,9 +169,15 @@ class AttentionMask:
         return (keys >= self.first_key_T[:, None]) & (keys <= self.last_key_T[:, None])
 
 
-@cache
-def _compiled_create_block_mask() -> Callable[..., BlockMask]:
-    return torch.compile(create_block_mask)
+def gpu_block_size(num_keys: int) -> int:
+    """Queries in a block of the blocked kernel on a GPU: many, but few of a long sequence, whose scores are held."""
+    return min(512, max(64, (1 << 22) // num_keys // 64 * 64))
+
+
+def _ordered(tiles_BQK: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row of tiles, over one head: how many are set, and their columns, first those, in order."""
+    tiles = tiles_BQK[:, None].int()
+    return tiles.sum(-1, dtype=torch.int32), tiles.argsort(dim=-1, descending=True, stable=True).int()
 
 
 def attention_mask(

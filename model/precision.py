@@ -20,6 +20,13 @@ def upcast(x: Tensor) -> Tensor:
     return x.to(accumulation_dtype(x.dtype))
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Products [B, M, N] of matrices [B, M, K] and [B, K, N], in the accumulation dtype; not differentiable."""
+    if left.is_cuda and left.dtype != accumulation_dtype(left.dtype):
+        return torch.bmm(left, right, out_dtype=accumulation_dtype(left.dtype))
+    return upcast(left @ right)
+
+
 def product_(out: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
     """Fill `out`, in the accumulation dtype, with a scaled product of matrices that are perhaps narrower."""
     if left.dtype == out.dtype:

@@ -69,17 +69,22 @@ def kernels(run: Resolved, device: torch.device, dtype: torch.dtype, products: s
     """A line on what computes attention, experts, loss and matrix products; `products` names the last of these."""
     model, layout = run.model, run.layout
     sliding = sum(kind == "sliding_attention" for kind in model.layer_types)
-    kernel, experts = kernel_for(device.type).__name__, "none"
+    local, full = (kernel_for(device.type, width).__name__ for width in (model.head_dim, model.global_head_dim))
+    experts, around = "none", ""
     if layout.cp > 1:
-        kernel += ", whole sequence gathered once" if model.num_kv_shared_layers else ", full layers around a ring"
+        around = ", whole sequence gathered once" if model.num_kv_shared_layers else ", full layers around a ring"
     if model.enable_moe_block:
         experts = "one after the other" if dtype == torch.float64 else "torch grouped_mm"
     split = f", vocabulary over {layout.tp} ranks" if layout.tp > 1 else ""
-    return (
-        f"kernels: attention {kernel} ({sliding} sliding layers of window {model.sliding_window}, "
-        f"{model.num_hidden_layers - sliding} full) | experts {experts} | loss chunked linear cross entropy{split} | "
-        f"products {products} | activation checkpoint {run.config.activation_checkpoint.mode}"
+    parts = (
+        f"attention {local} ({sliding} sliding layers of window {model.sliding_window}), {full} "
+        f"({model.num_hidden_layers - sliding} full layers){around}",
+        f"experts {experts}",
+        f"loss linear cross entropy in tiles{split}",
+        f"products {products}",
+        f"activation checkpoint {run.config.activation_checkpoint.mode}",
     )
+    return f"kernels: {' | '.join(parts)}"
 
 
 def _data(run: Resolved, outlook: Outlook) -> Iterator[str]:

@@ -5,10 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask
 
-from model.attention_kernels import attention, blocked, flex_over
-from model.masks import BLOCK_SIZE, AttentionMask, attention_mask, segment_mask
+from model import Gemma4Config
+from model.attention_kernels import (
+    LARGEST_FLEX_HEAD,
+    attention,
+    blocked,
+    flex_call,
+    flex_over,
+    flex_shared_memory,
+    kernel_for,
+)
+from model.masks import BLOCK_SIZE, AttentionMask, attention_mask, gpu_block_size, segment_mask
+from model.variants import VARIANT_NAMES
+from tests.harness.report import report
 
 B, K, G, H = 2, 2, 3, 8
 
@@ -69,11 +80,66 @@ def test_flex_gives_the_same_under_the_same_mask(
     mask, inputs = make(2 * BLOCK_SIZE, window, True, subset)
     inputs = [t.detach().float().requires_grad_() for t in inputs]
     q, k, v = inputs
-    found, expected = flex_over(flex_attention, q, k, v, mask), blocked(q, k, v, mask)
+    found, expected = flex_over(flex_call, q, k, v, mask), blocked(q, k, v, mask)
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
     grad = torch.randn(expected.shape)
     for a, b in zip(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("length", "window", "packed", "subset"), CASES)
+def test_tiles_of_flex_are_those_of_a_look_at_every_pair(
+    length: int, window: int | None, packed: bool, subset: bool
+) -> None:
+    """None is missing; one that torch finds empty may be there, since intervals of a tile are taken for their hull."""
+    mask, _ = make(length, window, packed, subset)
+    if not mask.num_queries:
+        return
+    found = mask.block_mask
+    queries = found.seq_lengths[0]
+    expected = create_block_mask(mask.mask_mod(), B, None, queries, length, device="cpu")
+    assert found.seq_lengths == expected.seq_lengths and found.kv_indices.dtype == expected.kv_indices.dtype
+    whole, expected_whole = (_tiles(m.full_kv_num_blocks, m.full_kv_indices) for m in (found, expected))
+    assert torch.equal(whole, expected_whole)
+    some, needed = (_tiles(m.kv_num_blocks, m.kv_indices) for m in (found, expected))
+    assert bool((some | ~needed).all()), "no tile that is needed is left out"
+    if not subset:
+        assert torch.equal(some, needed)
+
+
+def _tiles(counts: Tensor | None, columns: Tensor | None) -> Tensor:
+    """Bool [B, Q tiles, K tiles] of the tiles that are listed."""
+    assert counts is not None and columns is not None
+    listed = torch.arange(columns.shape[-1]) < counts[..., None]
+    return torch.zeros_like(listed).scatter_(-1, columns.long(), listed)[:, 0]
+
+
+def test_wide_heads_never_go_to_a_kernel_that_cannot_start() -> None:
+    """What a block of an A100, H100 and B200 has, beside what flex attention asks for (docs/gemma4.md 3.1)."""
+    limits, bfloat16 = {"A100": 166_912, "H100": 232_448, "B200": 232_448}, 2
+    for name in VARIANT_NAMES:
+        config = Gemma4Config.from_name(name)
+        for kind, width in (("sliding", config.head_dim), ("full", config.global_head_dim)):
+            kernel = kernel_for("cuda", width).__name__
+            asks = flex_shared_memory(width, bfloat16)
+            report("Kernels on a GPU", {"layers": f"{name} {kind}", "head": width, "kernel": kernel, "flex asks": asks})
+            assert kernel_for("cpu", width) is blocked
+            assert kernel == "flex" if width <= LARGEST_FLEX_HEAD else kernel == "blocked"
+            if kernel == "flex":
+                assert asks <= min(limits.values())
+    assert flex_shared_memory(512, bfloat16) == 262_144 > max(limits.values())
+
+
+@pytest.mark.parametrize("size", [64, 512])
+def test_blocks_of_any_size_give_the_same(size: int) -> None:
+    mask, inputs = make(2 * BLOCK_SIZE + 37, None, True, False)
+    q, k, v = inputs
+    expected = blocked(q, k, v, mask)
+    resized = mask.select(torch.arange(mask.num_queries))
+    vars(resized)["blocks"] = mask.blocks_of(size)
+    assert len(resized.blocks) != len(mask.blocks)
+    torch.testing.assert_close(blocked(q, k, v, resized), expected, atol=1e-12, rtol=1e-12)
+    assert [gpu_block_size(keys) for keys in (100, 8192, 16_384, 131_072)] == [512, 512, 256, 64]
 
 
 def test_masks_are_the_formulas_of_the_reference() -> None:

@@ -1,0 +1,290 @@
+"""A training step beside those of other libraries, on the same weights and batches, by turns in one run.
+
+python -m launch.benchmarks.step                         # every shape, all positions supervised and a fifth of them
+python -m launch.benchmarks.step shapes=e_like lengths=1024 shares=1 shares=0.2 json=step.json
+
+A step is forward, loss and backward, from gradients that are not there to gradients that are; float32. Each library
+runs in a process of its own. Times are medians; a round in which the machine's own speed, a product of matrices
+measured beside every step, was more than a fifth below its best is repeated. Memory is the peak above weights and
+gradients, counted from after loading. Rivals that are not installed are named and left out:
+
+transformers   its model with SDPA and its own loss
+cut_ce         the same, its loss by cut-cross-entropy (compiled by torch)
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from launch.arguments import run
+from launch.benchmarks.shapes import SHAPES, batch
+from model import Gemma4, Gemma4Config, UserError
+from model.hf.config import config_to_hf
+from model.hf.weights import disk_key
+from model.init import initialised_tensors
+from model.inputs import make_inputs
+from train.flops import training_flops
+
+Step = Callable[[], Tensor]
+"""Forward and backward; the mean loss."""
+
+RIVALS = {"transformers": "transformers", "cut_ce": "cut_cross_entropy"}
+"""What each rival needs to be installed."""
+_BUSY = 0.8
+"""Share of the best speed of the machine below which a round does not count."""
+_TRIES = 3
+
+
+def drawn_model(config: Gemma4Config) -> Gemma4:
+    """The same values for every library."""
+    model = Gemma4(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    return model
+
+
+def ours(config: Gemma4Config, tokens: Tensor, keep: Tensor) -> tuple[torch.nn.Module, Step]:
+    """This project's step, which skips what nothing supervised depends on."""
+    model = drawn_model(config)
+    labels = tokens.roll(-1, 1)[keep]
+
+    def step() -> Tensor:
+        loss = model.head(model(tokens, supervised=keep), model.head_weight, labels).total / len(labels)
+        loss.backward()
+        return loss
+
+    return model, step
+
+
+def reference(config: Gemma4Config) -> torch.nn.Module:
+    """The model of `transformers` with the same values."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {
+        disk_key(name, text_only=True): tensor.detach() for name, tensor in initialised_tensors(drawn_model(config))
+    }
+    described = AutoConfig.for_model(**config_to_hf(config, dtype="float32"))
+    model = AutoModelForCausalLM.from_config(described, attn_implementation="sdpa", dtype=torch.float32)
+    left = model.load_state_dict(values, strict=False)
+    assert not left.unexpected_keys and set(left.missing_keys) <= {"lm_head.weight"}, left
+    model.tie_weights()
+    return model.train()
+
+
+def transformers(config: Gemma4Config, tokens: Tensor, keep: Tensor) -> tuple[torch.nn.Module, Step]:
+    """The step of `transformers`, with the labels that its own trainer would give."""
+    model = reference(config)
+    labels = tokens.masked_fill(~keep.roll(1, 1), -100)  # it shifts them by itself
+
+    def step() -> Tensor:
+        loss = model(input_ids=tokens, labels=labels, use_cache=False).loss
+        loss.backward()
+        return loss.detach()
+
+    return model, step
+
+
+def cut_ce(config: Gemma4Config, tokens: Tensor, keep: Tensor) -> tuple[torch.nn.Module, Step]:
+    """The step of `transformers` with the loss of cut-cross-entropy, which never holds all scores."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    model: Any = reference(config)
+    labels = tokens.masked_fill(~keep.roll(1, 1), -100)
+
+    def step() -> Tensor:
+        hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+        loss = linear_cross_entropy(
+            hidden,
+            model.lm_head.weight,
+            labels,
+            softcap=config.final_logit_softcapping,
+            shift=1,
+            impl="torch_compile",
+        )
+        loss.backward()
+        return loss.detach()
+
+    return model, step
+
+
+def matrix_speed() -> float:
+    """Operations a second of a product of matrices, now."""
+    a, b, out = torch.randn(1536, 1536), torch.randn(1536, 1536), torch.empty(1536, 1536)
+    torch.mm(a, b, out=out)
+    start = time.perf_counter()
+    for _ in range(4):
+        torch.mm(a, b, out=out)
+    return 4 * 2 * 1536**3 / (time.perf_counter() - start)
+
+
+def _serve(name: str, config: Gemma4Config, length: int, share: float, pipe: Any) -> None:
+    """A library's process: a step for every word from the pipe."""
+    model, step = {"ours": ours, "transformers": transformers, "cut_ce": cut_ce}[name](
+        config, *batch(config, length, share)
+    )
+    step()  # compiles, and brings files and libraries in
+    model.zero_grad()
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    while pipe.recv():
+        speed = matrix_speed()
+        start = time.perf_counter()
+        loss = step().item()
+        seconds = time.perf_counter() - start
+        model.zero_grad()
+        pipe.send((seconds, loss, _status("VmHWM") - before - gradients, max(speed, matrix_speed())))
+
+
+def _status(name: str) -> int:
+    """A size in /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(name))) * 1024
+
+
+@dataclass
+class Measured:
+    """Rounds of one library that count: seconds, loss, peak bytes above weights and gradients, speed of the machine."""
+
+    rounds: list[tuple[float, float, int, float]] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """The median."""
+        return statistics.median(found[0] for found in self.rounds)
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of the batch."""
+        return self.rounds[0][1]
+
+    @property
+    def peak(self) -> int:
+        """The most of all rounds."""
+        return max(found[2] for found in self.rounds)
+
+    @property
+    def speed(self) -> float:
+        """The best that the machine did."""
+        return max(found[3] for found in self.rounds)
+
+
+def measure(names: tuple[str, ...], config: Gemma4Config, length: int, share: float, rounds: int) -> list[Measured]:
+    """Steps of several libraries by turns, each in its own process, which all live until the end."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    for name in names:
+        pipe, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(name, config, length, share, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(pipe)
+        processes.append(process)
+    found = [Measured() for _ in names]
+    try:
+        for attempt in range(rounds * _TRIES):
+            turn = []
+            for pipe in pipes:
+                pipe.send(True)
+                turn.append(pipe.recv())
+            best = max([speed for *_, speed in turn] + [measured.speed for measured in found if measured.rounds])
+            if min(speed for *_, speed in turn) < _BUSY * best and attempt < rounds * _TRIES - 1:
+                print(
+                    f"    the machine is at {min(s for *_, s in turn) / best:.0%} of its best: this round is repeated"
+                )
+                continue
+            for measured, one in zip(found, turn, strict=True):
+                measured.rounds.append(one)
+            if len(found[0].rounds) == rounds:
+                break
+        for pipe in pipes:
+            pipe.send(False)
+    except EOFError:
+        raise UserError("a measuring process ended early, as it said above; likely out of memory.") from None
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+    return found
+
+
+@dataclass
+class Options:
+    """Arguments of the benchmark."""
+
+    shapes: list[str] = field(default_factory=lambda: list(SHAPES), metadata={"choices": tuple(SHAPES)})
+    lengths: list[int] = field(default_factory=lambda: [1024])
+    shares: list[float] = field(default_factory=lambda: [1.0, 0.2])
+    rivals: list[str] = field(default_factory=lambda: list(RIVALS), metadata={"choices": tuple(RIVALS)})
+    rounds: int = 3
+    json: str | None = None
+
+
+def benchmark(options: Options) -> None:
+    """Print a line for each shape, length, share and rival; the numbers as JSON where that is asked for."""
+    rivals = [name for name in options.rivals if find_spec(RIVALS[name])]
+    for name in set(options.rivals) - set(rivals):
+        print(f"{name} is left out: {RIVALS[name]} is not installed")
+    lines = []
+    print(
+        f"float32, {torch.get_num_threads()} threads, medians of {options.rounds}; memory above weights and gradients"
+    )
+    print(
+        f"{'shape':>7} {'S':>5} {'superv.':>7} {'rival':>12} {'its s':>6} {'our s':>6} {'tokens/s':>8} {'its GiB':>7} "
+        f"{'our GiB':>7} {'memory':>6} {'of peak':>7} {'loss differs':>12}"
+    )
+    for shape in options.shapes:
+        config = SHAPES[shape]
+        for length in options.lengths:
+            for share in options.shares:
+                for rival in rivals:
+                    line = _line(shape, config, length, share, rival, options.rounds)
+                    lines.append(line)
+    if options.json:
+        Path(options.json).write_text(json.dumps(lines, indent=1))
+
+
+def _line(shape: str, config: Gemma4Config, length: int, share: float, rival: str, rounds: int) -> dict[str, Any]:
+    us, them = measure(("ours", rival), config, length, share, rounds)
+    tokens, keep = batch(config, length, share)
+    flops = training_flops(config, make_inputs(config, tokens, supervised=keep))
+    line = {
+        "shape": shape,
+        "length": length,
+        "supervised": share,
+        "rival": rival,
+        "their_seconds": them.seconds,
+        "our_seconds": us.seconds,
+        "tokens_per_second": them.seconds / us.seconds,
+        "their_peak_bytes": them.peak,
+        "our_peak_bytes": us.peak,
+        "memory": us.peak / them.peak,
+        "share_of_matrix_peak": flops / us.seconds / us.speed,
+        "loss_difference": abs(us.loss / them.loss - 1),
+        "matrix_flops_per_second": us.speed,
+    }
+    print(
+        f"{shape:>7} {length:>5} {share:>7.0%} {rival:>12} {them.seconds:>6.2f} {us.seconds:>6.2f} "
+        f"{line['tokens_per_second']:>7.2f}x {them.peak / 2**30:>7.2f} {us.peak / 2**30:>7.2f} {line['memory']:>5.2f}x "
+        f"{line['share_of_matrix_peak']:>7.0%} {line['loss_difference']:>12.1e}"
+    )
+    return line
+
+
+def main() -> None:
+    """Run the command line's benchmark."""
+    run(Options, benchmark, __doc__)
+
+
+if __name__ == "__main__":
+    main()
