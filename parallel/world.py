@@ -97,6 +97,16 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def prepare_allocators() -> None:
+    """Have torch lay large tensors in huge pages of a CPU, and grow a GPU's segments in place, unless told otherwise.
+
+    Both are read when the first tensor is made. Huge pages spare a tenth to a fifth of a step on a CPU: without them
+    every fresh buffer costs a page fault for each 4 KiB.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
 def select_device(wanted: str, world: World) -> torch.device:
     """The device of this process. Raises `ConfigError`, on all ranks of a node alike, if there are not enough."""
     found = torch.cuda.device_count()

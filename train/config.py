@@ -59,6 +59,7 @@ class TrainConfig:
     z_loss: float = at_least(0.0, 0)
     """Coefficient of the squared log-sum-exp of each token's scores."""
     log_every: int = at_least(1, 1)
+    """Steps between lines of the log, which are the points of the metrics."""
     sample_every: int = at_least(50, 0)
     """Steps between generated samples; 0 for none."""
     sample_prompts: list[str] | None = None
@@ -132,6 +133,8 @@ class CheckpointConfig:
 
     every: int = at_least(50, 0)
     """Steps between checkpoints; 0 saves only at the end or when told to stop."""
+    every_minutes: float = at_least(0.0, 0)
+    """Longest time between checkpoints, besides checkpoint.every, for runs of slow steps; 0 for no such limit."""
     keep: int = at_least(2, 1)
     asynchronous: bool = False
 

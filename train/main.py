@@ -33,7 +33,7 @@ import torch.distributed as dist
 
 from model import UserError
 from parallel.torch_private import default_store
-from parallel.world import World, init_process_group, is_lost_rank, select_device
+from parallel.world import World, init_process_group, is_lost_rank, prepare_allocators, select_device
 from train.load_config import load_config, printed
 from train.overrides import without_print
 from train.resolve import resolve
@@ -62,8 +62,9 @@ def _leave(world: World, message: str) -> NoReturn:
     os._exit(1)
 
 
-def _log_to_console(world: World) -> None:
-    """What rank 0 says, errors of the others, and nothing of the libraries below an error."""
+def _set_up(world: World) -> None:
+    """Memory and the console: what rank 0 says, errors of the others, nothing of the libraries below an error."""
+    prepare_allocators()
     logging.raiseExceptions = False  # who closes the pipe that reads this, or fills its disk, stops no run
     logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stdout)
     logging.getLogger("gemwright").setLevel(logging.INFO if world.rank == 0 else logging.ERROR)
@@ -83,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    _log_to_console(world)
+    _set_up(world)
     try:
         config = load_config(overrides)
         device = select_device(config.run.device, world)

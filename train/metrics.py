@@ -49,7 +49,7 @@ class Meter:
             "tokens_per_second_per_device": round(tokens_per_second / self.world_size, 1),
             "model_tflops_per_device": round(per_device / 1e12, 4),
             "mfu": round(per_device / self.peak_flops, 4),
-            "peak_memory_gib": round(peak_memory(self.device) / 2**30, 3),
+            **memory(self.device),
             "step_seconds": round(step_seconds, 4),
             "data_seconds": round(self.data_seconds / self.steps_since, 4),
             "eta_seconds": round(step_seconds * (self.steps - step), 1),
@@ -59,12 +59,19 @@ class Meter:
         return record
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes at the highest point: allocated on the GPU, or resident in this process."""
+def memory(device: torch.device) -> dict[str, float]:
+    """The highest point in GiB: allocated on the GPU, or resident in this process.
+
+    On a GPU also what its allocator holds, and how often it had to give memory back and try again.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return {
+            "peak_memory_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3),
+            "reserved_memory_gib": round(torch.cuda.max_memory_reserved(device) / 2**30, 3),
+            "memory_retries": torch.cuda.memory_stats(device).get("num_alloc_retries", 0),
+        }
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)}
 
 
 def duration(seconds: float) -> str:

@@ -78,6 +78,7 @@ class Trainer:
         self.exported: Path | None = None
         self.saved_step = self.progress.step if checkpoint is not None else None
         self._forecast_at = self.progress.step + 2  # the first step is slower
+        self._saved_at, self._checkpoint_due = time.monotonic(), False
         self.trackers: list[Tracker] = []
         if world.rank == 0 and not self.complete:
             self.folder.describe(config, self.data.tokenizer_file)
@@ -163,7 +164,7 @@ class Trainer:
             paused, step = time.perf_counter(), self.progress.step
             if self.prompts and (step % config.train.sample_every == 0 or self.complete):
                 self._sample()
-            if config.checkpoint.every and step % config.checkpoint.every == 0:
+            if self._checkpoint_due or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 self._save()
             if config.export.every and step % config.export.every == 0:
                 self._export()
@@ -184,7 +185,7 @@ class Trainer:
         parts = [inputs.media or Media() for inputs in given]
         leader = self.engine.is_batch_leader  # of the ranks that share these sequences, one counts them
         # Everything ranks must agree on before the step, in one small exchange.
-        units, supervised, tokens, flops, stops, written, *present = summed_counts(
+        units, supervised, tokens, flops, stops, due, written, *present = summed_counts(
             leader * sum(map(self.objective.units, micro_batches)),
             leader * sum(batch.kept.count for batch in micro_batches),
             leader * sum(len(inputs.tokens_T) for inputs in given),
@@ -194,11 +195,13 @@ class Trainer:
                 + sum(media_flops(self.model_config, media, self.run.frozen) for media in parts)
             ),
             bool(self.stop),
+            self.world.rank == 0 and 0 < 60 * config.checkpoint.every_minutes <= time.monotonic() - self._saved_at,
             self.checkpointer.written,
             *(part is not None for media in parts for part in (media.vision, media.audio)),
         )
         if stops:
             return False
+        self._checkpoint_due = bool(due)
         if written == self.world.size:
             self.checkpointer.commit()
         sums = self.engine.forward_backward(
@@ -273,7 +276,7 @@ class Trainer:
         if step == self.saved_step:
             return
         self.checkpointer.save(step, self.model, self.optimizer, asdict(self.progress))
-        self.saved_step = step
+        self.saved_step, self._saved_at, self._checkpoint_due = step, time.monotonic(), False
         log.info("checkpoint step %d%s", step, " (writing)" if self.config.checkpoint.asynchronous else "")
 
     def _export(self) -> None:

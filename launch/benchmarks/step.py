@@ -34,6 +34,7 @@ from model.hf.config import config_to_hf
 from model.hf.weights import disk_key
 from model.init import initialised_tensors
 from model.inputs import make_inputs
+from parallel.world import prepare_allocators
 from train.flops import training_flops
 
 Step = Callable[[], Tensor]
@@ -128,7 +129,9 @@ def matrix_speed() -> float:
 
 
 def _serve(name: str, config: Gemma4Config, length: int, share: float, pipe: Any) -> None:
-    """A library's process: a step for every word from the pipe."""
+    """A library's process: a step for every word from the pipe. Ours has the settings that a run makes."""
+    if name == "ours":
+        prepare_allocators()
     model, step = {"ours": ours, "transformers": transformers, "cut_ce": cut_ce}[name](
         config, *batch(config, length, share)
     )

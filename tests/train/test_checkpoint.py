@@ -105,6 +105,16 @@ def test_other_damage_is_found_too(tmp_path: Path, harm: str) -> None:
     assert "every checkpoint" in run_ranks(1, resume)[0]
 
 
+def test_a_checkpoint_is_saved_when_its_time_has_come(tmp_path: Path) -> None:
+    """No step is as long as the first limit, every one is longer than the second; all ranks go by rank 0's clock."""
+    for minutes, saved in (("60", ["step_00000003"]), ("1e-9", ["step_00000001", "step_00000002", "step_00000003"])):
+        folder = tmp_path / minutes
+        folder.mkdir()
+        options = ["train.steps=3", "checkpoint.every=0", "checkpoint.keep=9", f"checkpoint.every_minutes={minutes}"]
+        train_on(2, overrides(folder, *options))
+        assert sorted(path.name for path in (folder / "run" / "checkpoints").glob("step_*")) == saved
+
+
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
 def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(tmp_path: Path, asynchronous: str) -> None:
     train_on(2, overrides(tmp_path, *STEPS, "checkpoint.every=2"))
