@@ -40,8 +40,8 @@ from train.flops import training_flops
 Step = Callable[[], Tensor]
 """Forward and backward; the mean loss."""
 
-RIVALS = {"transformers": "transformers", "cut_ce": "cut_cross_entropy"}
-"""What each rival needs to be installed."""
+RIVALS = {"transformers": ("transformers",), "cut_ce": ("transformers", "cut_cross_entropy", "triton")}
+"""Packages that each rival needs."""
 _BUSY = 0.8
 """Share of the best speed of the machine below which a round does not count."""
 _TRIES = 3
@@ -212,7 +212,7 @@ def measure(names: tuple[str, ...], config: Gemma4Config, length: int, share: fl
                 break
         for pipe in pipes:
             pipe.send(False)
-    except EOFError:
+    except (EOFError, BrokenPipeError):
         raise UserError("a measuring process ended early, as it said above; likely out of memory.") from None
     finally:
         for process in processes:
@@ -235,10 +235,11 @@ class Options:
 
 def benchmark(options: Options) -> None:
     """Print a line for each shape, length, share and rival; the numbers as JSON where that is asked for."""
-    rivals = [name for name in options.rivals if find_spec(RIVALS[name])]
-    for name in set(options.rivals) - set(rivals):
-        print(f"{name} is left out: {RIVALS[name]} is not installed")
-    lines = []
+    missing = {name: [needed for needed in RIVALS[name] if not find_spec(needed)] for name in options.rivals}
+    for name, packages in missing.items():
+        if packages:
+            print(f"{name} is left out: {' and '.join(packages)} must be installed")
+    rivals, lines = [name for name, packages in missing.items() if not packages], []
     print(
         f"float32, {torch.get_num_threads()} threads, medians of {options.rounds}; memory above weights and gradients"
     )
@@ -279,7 +280,8 @@ def _line(shape: str, config: Gemma4Config, length: int, share: float, rival: st
     print(
         f"{shape:>7} {length:>5} {share:>7.0%} {rival:>12} {them.seconds:>6.2f} {us.seconds:>6.2f} "
         f"{line['tokens_per_second']:>7.2f}x {them.peak / 2**30:>7.2f} {us.peak / 2**30:>7.2f} {line['memory']:>5.2f}x "
-        f"{line['share_of_matrix_peak']:>7.0%} {line['loss_difference']:>12.1e}"
+        f"{line['share_of_matrix_peak']:>7.0%} {line['loss_difference']:>12.1e}",
+        flush=True,
     )
     return line
 
