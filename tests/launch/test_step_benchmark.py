@@ -27,7 +27,8 @@ def test_both_compute_the_same_loss_and_gradients(name: str, share: float) -> No
         assert table.grad is not None
         found.append((loss.item(), table.grad))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
-    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-5)
+    difference = (found[0][1] - found[1][1]).norm() / found[1][1].norm()
+    assert difference < 1e-3, "in float32; equality to rounding is shown in float64 elsewhere"
 
 
 def test_the_supervised_share_is_what_is_asked_for() -> None:
