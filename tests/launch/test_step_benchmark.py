@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from launch.benchmarks.shapes import SHAPES, batch
 from launch.benchmarks.step import Options, measure, ours, transformers
