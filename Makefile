@@ -1,8 +1,8 @@
-# make setup | train | test | test-slurm | lint
+# make setup | train | test | test-gpu | test-slurm | lint
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: setup train test test-slurm lint
+.PHONY: setup train test test-gpu test-slurm lint
 
 setup: .venv/.installed
 	$(BIN)/python -m launch.torchrun_script
@@ -24,6 +24,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu -rs
 
 test-slurm: setup
 	tests/launch/slurm/run.sh

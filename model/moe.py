@@ -20,13 +20,18 @@ from model.norm import RMSNorm
 from model.precision import accumulation_dtype, upcast
 
 
+def has_grouped_kernel(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether torch has a grouped product in this dtype: on a GPU in bfloat16 only, on a CPU up to float32."""
+    return dtype == torch.bfloat16 or (device_type == "cpu" and dtype != torch.float64)
+
+
 def grouped_mm(x: Tensor, weight: Tensor, *, offs: Tensor) -> Tensor:
     """Products by expert, of whose rows `offs[e]` is the end: x [T, K] and weight [E, K, N] make [T, N].
 
-    x [K, T] and weight [T, N] make [E, K, N], the sums over each expert's rows. torch's kernel has no float64, in which
-    experts run one after the other.
+    x [K, T] and weight [T, N] make [E, K, N], the sums over each expert's rows. Where torch has no such kernel, experts
+    run one after the other.
     """
-    if x.dtype != torch.float64:
+    if has_grouped_kernel(x.device.type, x.dtype):
         return F.grouped_mm(x, weight, offs=offs)
     spans = [slice(start, end) for start, end in pairwise([0, *offs.tolist()])]
     if weight.dim() == 2:

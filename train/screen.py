@@ -14,6 +14,7 @@ import torch
 from data.corpus.open import Data
 from model import Gemma4
 from model.attention_kernels import kernel_for
+from model.moe import has_grouped_kernel
 from model.precision import accumulation_dtype
 from parallel.world import World
 from train.metrics import duration
@@ -74,7 +75,7 @@ def kernels(run: Resolved, device: torch.device, dtype: torch.dtype, products: s
     if layout.cp > 1:
         around = ", whole sequence gathered once" if model.num_kv_shared_layers else ", full layers around a ring"
     if model.enable_moe_block:
-        experts = "one after the other" if dtype == torch.float64 else "torch grouped_mm"
+        experts = "torch grouped_mm" if has_grouped_kernel(device.type, dtype) else "one after the other"
     split = f", vocabulary over {layout.tp} ranks" if layout.tp > 1 else ""
     parts = (
         f"attention {local} ({sliding} sliding layers of window {model.sliding_window}), {full} "
