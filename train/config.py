@@ -60,6 +60,8 @@ class TrainConfig:
     """Coefficient of the squared log-sum-exp of each token's scores."""
     log_every: int = at_least(1, 1)
     """Steps between lines of the log, which are the points of the metrics."""
+    profile: bool = False
+    """Record the third step after the start: traces and a table in the run's folder profile/."""
     sample_every: int = at_least(50, 0)
     """Steps between generated samples; 0 for none."""
     sample_prompts: list[str] | None = None

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from data.loader import BatchLoader, StepSampler
 from model import ConfigError, UserError
@@ -34,6 +35,7 @@ from train.objective import OBJECTIVES
 from train.optimizer import build_optimizer, set_learning_rate
 from train.origin import Origin, check_origin
 from train.plots import write_loss_curve
+from train.profile import Profiler
 from train.resolve import Resolved
 from train.resume import Progress, changes, find_checkpoint, progress_from, saved_progress
 from train.run_folder import RunFolder
@@ -160,7 +162,12 @@ class Trainer:
         )
         batches = BatchLoader(self.data.dataset, sampler, config.data.workers, self.model_config)
         meter.started = time.perf_counter()
-        while not self.complete and self._step(batches, sampler.accumulation, meter):
+        folder = self.folder.path / "profile" if config.train.profile else None
+        profiler = Profiler(folder, self.world.rank, self.device, self.model)
+        while not self.complete:
+            with profiler.step():
+                if not self._step(batches, sampler.accumulation, meter):
+                    break
             paused, step = time.perf_counter(), self.progress.step
             if self.prompts and (step % config.train.sample_every == 0 or self.complete):
                 self._sample()
@@ -179,13 +186,14 @@ class Trainer:
         """One optimizer step; False, with the weights as they were, if any rank was asked to stop."""
         config = self.config
         waited = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(accumulation)]
+        with record_function("data"):
+            micro_batches = [next(batches) for _ in range(accumulation)]
         waited = time.perf_counter() - waited
         given = [batch.inputs for batch in micro_batches]
         parts = [inputs.media or Media() for inputs in given]
         leader = self.engine.is_batch_leader  # of the ranks that share these sequences, one counts them
         # Everything ranks must agree on before the step, in one small exchange.
-        units, supervised, tokens, flops, stops, due, written, *present = summed_counts(
+        counts = (
             leader * sum(map(self.objective.units, micro_batches)),
             leader * sum(batch.kept.count for batch in micro_batches),
             leader * sum(len(inputs.tokens_T) for inputs in given),
@@ -199,27 +207,30 @@ class Trainer:
             self.checkpointer.written,
             *(part is not None for media in parts for part in (media.vision, media.audio)),
         )
+        with record_function("exchange"):
+            units, supervised, tokens, flops, stops, due, written, *present = summed_counts(*counts)
         if stops:
             return False
         self._checkpoint_due = bool(due)
         if written == self.world.size:
             self.checkpointer.commit()
-        sums = self.engine.forward_backward(
-            micro_batches,
-            units,
-            [(vision > 0, audio > 0) for vision, audio in zip(present[::2], present[1::2], strict=True)],
-            should_continue=lambda: not summed_counts(bool(self.stop))[0],
-        )
+        has_media = [(vision > 0, audio > 0) for vision, audio in zip(present[::2], present[1::2], strict=True)]
+        with record_function("forward_backward"):
+            sums = self.engine.forward_backward(
+                micro_batches, units, has_media, should_continue=lambda: not summed_counts(bool(self.stop))[0]
+            )
         if sums is None:
             return False
-        grad_norm = self.engine.clip(config.train.max_grad_norm)
+        with record_function("clip"):
+            grad_norm = self.engine.clip(config.train.max_grad_norm)
         if not math.isfinite(grad_norm):
             self.checkpointer.commit()
             raise UserError(self._way_back(grad_norm))
         rate = learning_rate(config.schedule, config.optimizer.lr, self.progress.step, self.steps)
         set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with record_function("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         self.progress = replace(
             self.progress,
             step=self.progress.step + 1,

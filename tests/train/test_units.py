@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from model.encoders.config import AudioConfig, VisionConfig
 from model.inputs import make_inputs
 from model.masks import attention_mask
 from tests.harness.multimodal import make_example
-from tests.harness.runs import overrides, train_on
+from tests.harness.runs import losses, overrides, train_on
 from train.config import OptimizerConfig, ScheduleConfig
 from train.flops import media_flops, training_flops
 from train.metrics import Meter, step_line
@@ -206,3 +207,23 @@ def test_an_offline_wandb_run_reads_back_and_keeps_its_id(tmp_path: Path) -> Non
     items = [r["history"]["item"] for r in redone if r["type"] == "history"]
     assert [item["_step"] for item in items] == [3, 4, 5], "steps that are done again keep their numbers"
     assert next(r["run"] for r in redone if r["type"] == "run")["run_id"] == start["run_id"]
+
+
+def test_a_profile_has_a_trace_of_each_rank_and_a_table_of_parts(tmp_path: Path) -> None:
+    """The third step is recorded, and the numbers of the run are those without."""
+    for name in ("true", "false"):
+        folder = tmp_path / name
+        folder.mkdir()
+        train_on(2, overrides(folder, "train.steps=4", f"train.profile={name}"))
+    profile = tmp_path / "true" / "run" / "profile"
+    names = sorted(path.name for path in profile.iterdir())
+    assert names == ["table.txt", "trace_rank_0.json.gz", "trace_rank_1.json.gz"]
+    rows = {line[:40].strip(): line[40:].split() for line in (profile / "table.txt").read_text().splitlines()}
+    for part in ("data", "exchange", "forward_backward", "clip", "optimizer"):
+        assert float(rows[part][0]) >= 0 and rows[part][-1] == "1"
+    assert rows["module DecoderLayer"][-1] == rows["module MLP"][-1] == "4", "one micro-batch through four layers"
+    assert float(rows["module DecoderLayer"][0]) > float(rows["module MLP"][0]) > 0
+    with gzip.open(profile / "trace_rank_1.json.gz", "rt") as trace:
+        assert any(event.get("name") == "optimizer" for event in json.load(trace)["traceEvents"])
+    assert losses(tmp_path / "true" / "run") == losses(tmp_path / "false" / "run")
+    assert not (tmp_path / "false" / "run" / "profile").exists()
