@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -37,6 +38,7 @@ def in_worker() -> bool:
 
 def begin_worker(owner: int) -> None:
     """Live on when a launcher signals the whole process group, until the owner, a process number, has ended."""
+    gc.freeze()  # the owner's garbage may hold threads, for which its end would wait here in vain
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(owner,), daemon=True).start()

@@ -244,7 +244,7 @@ def _decode_frames(source: str | Path, indices: list[int]) -> tuple[list[np.ndar
         fps = float(stream.average_rate or stream.guessed_rate or FALLBACK_FPS)
         for frame in container.decode(stream):
             if decoded in wanted:
-                found.append(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
+                found.append(np.rot90(frame.to_ndarray(format="rgb24", threads=1), frame.rotation // 90))
             decoded += 1
             if len(found) == len(indices):
                 break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -91,6 +92,31 @@ def test_processes_end_with_the_one_they_work_for(tmp_path: Path) -> None:
     os.kill(owner, signal.SIGKILL)
     os.waitpid(owner, 0)
     assert wait_until(lambda: not any(alive(int(path.name)) for path in tmp_path.iterdir()), 20)
+
+
+class Garbage:
+    """It is collected once the collector runs, not before, and says where."""
+
+    def __init__(self, folder: Path) -> None:
+        self.itself, self.folder = self, folder
+
+    def __del__(self) -> None:
+        (self.folder / str(os.getpid())).touch()
+
+
+def collect(_: int) -> int:
+    gc.collect()
+    return os.getpid()
+
+
+def test_garbage_of_the_owner_is_not_collected_by_what_was_forked(tmp_path: Path) -> None:
+    """A decoder in it would wait for its threads, which are missing there."""
+    gc.collect()
+    Garbage(tmp_path)
+    workers = set(in_order(collect, range(8), nothing))
+    assert len(workers) > 1
+    gc.collect()
+    assert [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]
 
 
 def test_conversations_of_many_processes_are_those_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

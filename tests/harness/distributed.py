@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -53,6 +54,7 @@ def _fork(rank: int, world_size: int, function: Callable[[World], Any], folder: 
     child = os.fork()
     if child:
         return child
+    gc.freeze()  # garbage of the tests before may hold threads, for which its end would wait here in vain
     status: tuple[bool, Any]
     try:
         stack = (folder / f"stack_{rank}").open("w")  # where it was when it crashed, or when its time was nearly over
