@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from model.config import Gemma4Config
 from model.linear import Linear
 from model.norm import RMSNorm
-from model.precision import accumulation_dtype, upcast
+from model.precision import upcast
 
 
 def has_grouped_kernel(device_type: str, dtype: torch.dtype) -> bool:
@@ -40,7 +40,7 @@ def grouped_mm(x: Tensor, weight: Tensor, *, offs: Tensor) -> Tensor:
 
 
 class Router(nn.Module):
-    """Scores the un-normed hidden states: softmax over all experts in float32, top-k, renormalise, per-expert scale.
+    """Scores the un-normed hidden states, in float32 to the end: softmax over all, top-k, renormalise, scale by expert.
 
     The formula is in docs/gemma4.md 5.2. `observer` is called with the scores [T, E] and the chosen experts [T, top_k]:
     it may count the choices, and add to the gradient of the scores by a hook.
@@ -55,15 +55,15 @@ class Router(nn.Module):
         self.root_size = config.hidden_size**-0.5
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, with_scale=False)
         self.proj = Linear(config.hidden_size, config.moe.num_experts)
+        self.proj.read = upcast  # scores of 8 bits would tie, and ties are broken by the order of experts
         self.scale = nn.Parameter(torch.ones(config.hidden_size))
         self.per_expert_scale = nn.Parameter(torch.ones(config.moe.num_experts))
         self.observer = None
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Routing weights (float32) and expert indices, both [T, top_k]."""
-        scores_TE = self.proj(self.norm(x_TD) * self.scale * self.root_size)
-        probabilities_TE = scores_TE.softmax(dim=-1, dtype=accumulation_dtype(scores_TE.dtype))
-        weights, indices = probabilities_TE.topk(self.top_k, dim=-1)
+        scores_TE = self.proj(self.norm(upcast(x_TD)) * upcast(self.scale) * self.root_size)
+        weights, indices = scores_TE.softmax(dim=-1).topk(self.top_k, dim=-1)
         if self.observer is not None:
             self.observer(scores_TE, indices)
         weights = weights / weights.sum(dim=-1, keepdim=True)

@@ -110,9 +110,15 @@ class _FetchRows(torch.autograd.Function):
     def forward(
         ctx: Any, table_RC: Tensor, ids_T: Tensor, owners: RowOwners, padding_row: int, dtype: torch.dtype
     ) -> Tensor:
-        unique_U, inverse_T = torch.unique(ids_T, return_inverse=True)  # sorted, so by owner
-        wanted = torch.bincount(unique_U // owners.rows_per_rank, minlength=owners.shards.size())
+        sorted_T, order_T = ids_T.sort()  # so by owner
+        is_first_T = torch.ones_like(sorted_T, dtype=torch.bool)
+        is_first_T[1:] = sorted_T[1:] != sorted_T[:-1]
+        inverse_T = torch.empty_like(order_T).scatter_(0, order_T, is_first_T.cumsum(0) - 1)
+        wanted = torch.zeros(owners.shards.size(), dtype=torch.long, device=ids_T.device)
+        wanted.scatter_add_(0, sorted_T // owners.rows_per_rank, is_first_T.long())
+        # The only time that the host waits for the device, which has done little yet.
         sends, receives = torch.stack((wanted, exchange_counts(wanted, owners.shards))).tolist()
+        unique_U = sorted_T[torch.nonzero_static(is_first_T, size=sum(sends))[:, 0]]
         asked_ids = all_to_all_rows(unique_U, sends, receives, owners.shards)
         local = (asked_ids - owners.first_row).to(table_RC.device)
         rows_UC = all_to_all_rows(table_RC[local].to(ids_T.device, dtype), receives, sends, owners.shards)
@@ -143,13 +149,15 @@ def _from_all_replicas(ids: Tensor, grads: Tensor, group: dist.ProcessGroup) -> 
     count = torch.tensor([len(ids)], device=ids.device)
     counts = torch.empty(group.size(), dtype=count.dtype, device=ids.device)
     dist.all_gather_single(counts, count, group=group)
-    most = int(counts.max())
+    held = counts.tolist()
+    most = max(held)
     real = torch.arange(most, device=ids.device)[None, :] < counts[:, None]
+    place = torch.nonzero_static(real.flatten(), size=sum(held))[:, 0]
     found = []
     for mine in (ids, grads):
         padded = mine.new_zeros(most, *mine.shape[1:])
         padded[: len(mine)] = mine
         every = mine.new_empty(group.size() * most, *mine.shape[1:])
         dist.all_gather_single(every, padded, group=group)
-        found.append(every[real.flatten()])
+        found.append(every[place])
     return found[0], found[1]

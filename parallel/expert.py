@@ -60,26 +60,30 @@ class ParallelExperts(nn.Module):
         if self.group.size() == 1:  # nothing travels, and the numbers are those of `Experts`
             gate_up, down = local_part(self.gate_up_proj), local_part(self.down_proj)
             return run_routed(x_TD, weights_Tk, indices_Tk, gate_up, down, self.grouped_mm)
-        wanted_TR = torch.zeros(len(x_TD), self.group.size(), dtype=torch.bool, device=x_TD.device)
-        wanted_TR.scatter_(1, indices_Tk // self.held, True)
-        _, token_C = wanted_TR.T.nonzero(as_tuple=True)  # rank by rank, tokens in order
-        sends_R = wanted_TR.sum(dim=0)
-        sends, receives = torch.stack((sends_R, exchange_counts(sends_R, self.group))).tolist()
+        owner_Tk, ranks = indices_Tk // self.held, self.group.size()
+        wanted_TR = torch.zeros(len(x_TD), ranks, dtype=torch.bool, device=x_TD.device).scatter_(1, owner_Tk, True)
+        choices_R = torch.zeros(ranks, dtype=torch.long, device=x_TD.device)
+        choices_R.scatter_add_(0, owner_Tk.flatten(), torch.ones_like(owner_Tk.flatten()))
+        counts_R2 = torch.stack((wanted_TR.sum(dim=0), choices_R), dim=1)
+        # All sizes that follow are read here, at once: the only time that the host waits for a layer's device.
+        counts = torch.stack((counts_R2, exchange_counts(counts_R2, self.group))).tolist()
+        sends, receives = ([copies for copies, _ in side] for side in counts)
+        token_C = torch.nonzero_static(wanted_TR.T, size=sum(sends))[:, 1]  # rank by rank, tokens in order
         x_AD, weights_Ak, indices_Ak = (
             exchange_rows(t[token_C], sends, receives, self.group) for t in (x_TD, weights_Tk, indices_Tk)
         )
-        out_AD = self._local(x_AD, weights_Ak, indices_Ak - self.first)
+        out_AD = self._local(x_AD, weights_Ak, indices_Ak - self.first, sum(choices for _, choices in counts[1]))
         out_CD = exchange_rows(out_AD.to(x_TD.dtype), receives, sends, self.group)
         out_TD = torch.zeros_like(x_TD, dtype=accumulation_dtype(x_TD.dtype))
         return out_TD.index_add(0, token_C, upcast(out_CD)).to(x_TD.dtype)
 
-    def _local(self, x_AD: Tensor, weights_Ak: Tensor, local_Ak: Tensor) -> Tensor:
-        """The weighted sum [A, D], float32, over those of each copy's experts that are here."""
-        row, slot = ((local_Ak >= 0) & (local_Ak < self.held)).nonzero(as_tuple=True)
-        expert = local_Ak[row, slot]
-        order = expert.argsort(stable=True)  # grouped by expert, copies in order
+    def _local(self, x_AD: Tensor, weights_Ak: Tensor, local_Ak: Tensor, choices: int) -> Tensor:
+        """The weighted sum [A, D], float32, over those of each copy's experts that are here, `choices` in all."""
+        here_Ak = (local_Ak >= 0) & (local_Ak < self.held)
+        row, slot = torch.nonzero_static(here_Ak, size=choices).unbind(dim=1)
+        expert, order = local_Ak[row, slot].sort(stable=True)  # grouped by expert, copies in order
         row, slot = row[order], slot[order]
-        offsets = torch.bincount(expert, minlength=self.held).cumsum(0).to(torch.int32)
+        offsets = torch.searchsorted(expert, torch.arange(self.held, device=expert.device), right=True).to(torch.int32)
         gate_up, down = local_part(self.gate_up_proj), local_part(self.down_proj)
         y = run_experts(x_AD[row], offsets, gate_up, down, self.grouped_mm)
         weighted = upcast(y) * weights_Ak[row, slot, None]
