@@ -44,10 +44,15 @@ class Mesh:
         return self.experts["ep"]
 
     @property
+    def shards(self) -> dist.ProcessGroup:
+        """All ranks among which the parameters of this rank's stage are split, in whatever way."""
+        return self.whole["whole_shard"].get_group()
+
+    @property
     def groups(self) -> list[dist.ProcessGroup]:
         """Groups that together make up all ranks of this rank's stage."""
-        shards = self.whole["whole_shard"].get_group()
-        return [shards, self.whole["dp_replicate"].get_group()] if self.layout.dp_replicate > 1 else [shards]
+        replicas = [self.whole["dp_replicate"].get_group()] if self.layout.dp_replicate > 1 else []
+        return [self.shards, *replicas]
 
     def fsdp(self, mesh: DeviceMesh) -> DeviceMesh:
         """The axes of a mesh over which FSDP shards and replicates."""

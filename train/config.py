@@ -107,9 +107,13 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """Step size, weight decay and moment decay rates of AdamW."""
+    """The optimizer, its step size, weight decay and moment decay rates."""
 
+    name: str = one_of("adamw", "adamw", "muon")
+    """adamw | muon (for matrices of layers; the rest keeps AdamW)"""
     lr: float = at_least(5e-3, 0)
+    momentum: float = 0.95
+    """Decay rate of muon's momentum."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8

@@ -142,7 +142,7 @@ def _check_training(config: Config) -> None:
         check_schedule(schedule, train.steps or DEFAULT_STEPS)
     if not 0.0 <= schedule.final_lr_ratio <= 1.0:
         raise ConfigError(f"schedule.final_lr_ratio={schedule.final_lr_ratio} lies outside 0 to 1.")
-    for name in ("beta1", "beta2"):
+    for name in ("beta1", "beta2", "momentum"):
         if not 0.0 <= getattr(optimizer, name) < 1.0:
             raise ConfigError(f"optimizer.{name}={getattr(optimizer, name)} lies outside 0 to 1 (1 excluded).")
     if optimizer.eps <= 0:

@@ -106,7 +106,7 @@ def saved_progress(checkpoint: Path) -> Progress:
 def progress_from(checkpoint: Path, asked: Progress) -> Progress:
     """Progress of a checkpoint, checked against a fresh `Progress` of this run.
 
-    Another model or tokenizer raises `ConfigError`; other data starts its own index at 0.
+    Another model, tokenizer or optimizer raises `ConfigError`; other data starts its own index at 0.
     """
     saved = saved_progress(checkpoint)
     for key, value in asked.model.items():
@@ -119,6 +119,12 @@ def progress_from(checkpoint: Path, asked: Progress) -> Progress:
         raise ConfigError(
             f"checkpoint {checkpoint} was trained with another tokenizer; set data.tokenizer to the tokenizer.json "
             "in its run folder, or choose another run.dir."
+        )
+    before, now = (progress.config.get("optimizer", {}).get("name", "adamw") for progress in (saved, asked))
+    if before != now:
+        raise ConfigError(
+            f"checkpoint {checkpoint} has the state of optimizer.name={before}, this run is by {now}; use that value, "
+            "or export its weights, and begin another run.dir from them by model.weights."
         )
     for names, what in (
         (set(saved.frozen) - set(asked.frozen), "trained from here on, with fresh optimizer state"),

@@ -99,7 +99,7 @@ class Trainer:
         if world.rank == 0 and (run.weights is not None or checkpoint is not None):
             self.progress = replace(self.progress, origin=Origin(config.origin).digest)
         self.model = self.parallel.model
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.optimizer = build_optimizer(self.model, config.optimizer, self.parallel.mesh.shards)
         self.objective = OBJECTIVES[config.train.objective](config.train)
         self.engine = Engine(self.parallel, self.objective, device, config.parallel.gradient_sync)
         if checkpoint is not None:

@@ -72,6 +72,11 @@ class Case:
     seed: int = 0
     dtype: torch.dtype = torch.float64
     gradient_sync: str = "last"
+    optimizer: str = "adamw"
+
+    @property
+    def optimizer_config(self) -> OptimizerConfig:
+        return OptimizerConfig(self.optimizer, lr=LEARNING_RATES[self.dtype])
 
     @property
     def config(self) -> Gemma4Config:
@@ -239,7 +244,7 @@ def _reference(case: Case, dtype: torch.dtype) -> Run:
     torch.manual_seed(0)
     model = Gemma4(case.config).to(dtype)
     initial_values(case.seed)(whole_slices(model))
-    optimizer = build_optimizer(model, OptimizerConfig(lr=LEARNING_RATES[case.dtype]))
+    optimizer = build_optimizer(model, case.optimizer_config)
     run = Run()
     for step in range(case.steps):
         batch = whole_batch(case, step)
@@ -267,7 +272,7 @@ def train(case: Case, world: World, expected: Run) -> Errors:
         compute_dtype=case.dtype,
         sequence_length=case.length,
     )
-    optimizer = build_optimizer(parallel.model, OptimizerConfig(lr=LEARNING_RATES[case.dtype]))
+    optimizer = build_optimizer(parallel.model, case.optimizer_config, mesh.shards)
     engine = Engine(parallel, CrossEntropy(), CPU, case.gradient_sync)
     found = Errors(0.0, 0.0, 0.0, bound=GRADIENTS_WITHIN[case.dtype])
     for step in range(case.steps):

@@ -15,10 +15,9 @@ from parallel.mesh import build_mesh
 from parallel.world import World
 from tests.harness.compare import hold
 from tests.harness.distributed import run_ranks
-from tests.harness.meshes import CPU, LEARNING_RATES, Case, initial_values, share_of, whole_batch
+from tests.harness.meshes import CPU, Case, initial_values, share_of, whole_batch
 from tests.harness.report import report
 from train.checkpoint import Checkpointer
-from train.config import OptimizerConfig
 from train.engine import Engine
 from train.objective import CrossEntropy
 from train.optimizer import build_optimizer
@@ -49,7 +48,7 @@ class Running:
         mesh = build_mesh(CPU, layout)
         about: dict[str, Any] = {"sequence_length": self.case.length, "compute_dtype": self.case.dtype}
         self.parallel = build_parallel_model(self.case.config, mesh, CPU, initial_values(seed), **about)
-        self.optimizer = build_optimizer(self.parallel.model, OptimizerConfig(lr=LEARNING_RATES[self.case.dtype]))
+        self.optimizer = build_optimizer(self.parallel.model, self.case.optimizer_config)
         self.engine = Engine(self.parallel, CrossEntropy(), CPU)
 
     def step(self, number: int) -> float:
