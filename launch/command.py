@@ -24,6 +24,7 @@ COMMANDS = {
         "launch.export", "Write a checkpoint as a folder that transformers opens.", "run=runs/mine out=my-gemma", True
     ),
     "generate": Command("launch.generate", "Write text with such a folder.", 'weights=my-gemma prompt="Hello"'),
+    "memory": Command("launch.memory", "Count what a run's ranks will hold, without a GPU.", "8 +variant=31b"),
     "variants": Command("launch.variants", "List models, their sizes and parameters.", "e4b 31b"),
     "benchmark": Command("launch.benchmarks.compare", "Measure a kernel or a step beside the plain one.", "attention"),
     "prepare": Command("launch.prepare", "Tokenise texts once and keep the result.", "source=texts"),

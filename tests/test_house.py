@@ -48,6 +48,8 @@ PRIVATE = {
     ("parallel/torch_private.py", "torch.distributed.fsdp._fully_shard._fsdp_common.HSDPMeshInfo"),
     ("parallel/torch_private.py", "torch.distributed.fsdp._fully_shard._fsdp_common.ShardPlacementResult"),
     ("parallel/torch_private.py", "torch.distributed.tensor._utils.compute_local_shape_and_global_offset"),
+    ("parallel/torch_private.py", "torch.utils._python_dispatch.TorchDispatchMode"),
+    ("parallel/torch_private.py", "torch.utils._pytree.tree_iter"),
 }
 
 # Config keys that have no docstring, and are in no recipe nor in README.md; by the reason.

@@ -18,11 +18,12 @@ Letters of this file: M and N sides of a matrix, B matrices of one shape.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -80,7 +81,7 @@ class Muon:
         self.parameters, self.momentum = parameters, config.momentum
         self.group = group = None if group is None or group.size() == 1 else group
         self.rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
-        self.device = next((p.device_mesh.device_type for p in parameters if isinstance(p, DTensor)), "cpu")
+        self.device = _device(parameters)
         self.boxes = _boxes_of_all_ranks(parameters, group)
         matrices = [
             Matrix(index, box)
@@ -193,9 +194,19 @@ def _boxes_of_all_ranks(parameters: Sequence[nn.Parameter], group: dist.ProcessG
         own.append(tuple((o, o + size) for o, size in zip(offset, local_part(parameter).shape, strict=True)))
     if group is None:
         return [own]
-    found: list[Any] = [None] * group.size()
-    dist.all_gather_object(found, own, group=group)
+    ends = torch.tensor([end for box in own for axis in box for end in axis], device=_device(parameters))
+    of_all = ends.new_empty(group.size() * len(ends))
+    dist.all_gather_single(of_all, ends, group=group)
+    found: list[list[Box]] = []
+    for of_rank in of_all.view(group.size(), -1).tolist():
+        pairs = iter(zip(of_rank[::2], of_rank[1::2], strict=True))
+        found.append([tuple(itertools.islice(pairs, len(box))) for box in own])
     return found
+
+
+def _device(parameters: Sequence[nn.Parameter]) -> str:
+    """Where groups exchange tensors; parameters that are offloaded lie on the host."""
+    return next((p.device_mesh.device_type for p in parameters if isinstance(p, DTensor)), "cpu")
 
 
 def _within(matrix: Box, held: Box) -> Box:

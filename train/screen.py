@@ -17,6 +17,7 @@ from model.attention_kernels import kernel_for
 from model.moe import has_grouped_kernel
 from model.precision import accumulation_dtype
 from parallel.world import World
+from train.footprint import GB, capacity, footprint_of
 from train.metrics import duration
 from train.resolve import Resolved
 from train.resume import Progress
@@ -40,6 +41,23 @@ def show(run: Resolved, world: World, device: torch.device, dtype: torch.dtype, 
         return
     for line in [*_model(run, world, device, dtype), *_data(run, outlook), *_length(run, outlook)]:
         log.info("%s", line)
+    if device.type == "cuda":
+        show_memory(run, dtype, torch.cuda.get_device_properties(device).total_memory)
+
+
+def show_memory(run: Resolved, dtype: torch.dtype, card: int) -> None:
+    """Log what a rank will hold of a GPU's bytes, with a warning where it is more than tensors may take."""
+    found, room = footprint_of(run, dtype, "cuda"), capacity(card)
+    held, most = sum(found.held.values()) / GB, found.peak / GB
+    log.info(
+        "memory a rank: %.1f GB of weights, gradients and optimizer state, with a step %.1f of %.1f, most in the %s",
+        *(held, most, room / GB, found.narrowest),
+    )
+    if found.peak > room:
+        log.warning(
+            "memory may not suffice: try parallel.tp, activation_checkpoint.mode=full or a shorter "
+            "data.sequence_length; `gemwright memory RANKS KEY=VALUE ...` counts what they need."
+        )
 
 
 def forecast(record: dict[str, Any], steps: int) -> str:
