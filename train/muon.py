@@ -39,7 +39,7 @@ Box = tuple[tuple[int, int], ...]
 """Where a tensor's part begins and ends along each axis of the whole."""
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of a polynomial that brings singular values from 0 to 1 near to 1, fastest the small ones (Jordan et al.)."""
+"""A polynomial's: it brings singular values from 0 to 1 near to 1, small ones fastest (Jordan et al.)."""
 _ITERATIONS = 5
 _ROUND_NUMBERS = 1 << 26
 """Numbers that a rank gets whole in one round, unless a single matrix has more."""

@@ -20,7 +20,7 @@ _TABLES = ("embed_tokens", "position_embedding_table", "pos_embedding")
 class ShardedOptimizer(torch.optim.Optimizer):
     """AdamW of sharded parameters, by one fused kernel over what this rank holds of them; Muon for those it takes.
 
-    By AdamW each element is updated by itself, so no plan needs to know of it. Given DTensors, torch would first work
+    AdamW updates each element by itself, so no plan needs to know of it. Given DTensors, torch would first work
     out, at every step and for every list of them, how they are sharded.
     """
 
