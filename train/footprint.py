@@ -181,13 +181,13 @@ def _of_rank(traced: _Traced, layout: Layout, spans: list[range], rank: int) -> 
     inputs = in_flight * (sum(kept) + (traced.embedded if has_first else 0))
     moments = {}
     for at, index in enumerate(layers):
-        layer = traced.layer(index)
+        layer, later = traced.layer(index), at + 1 < len(layers)
         moments[f"backward of layer {index}"] = {
             **always,
             "kept for the backward": inputs - sum(kept[at + 1 :]),
             "layer": layer.peak,
             "its weights and the next's": 2 * b * layer.weights,
-            "its gradients, reduced": reduced(layer.weights),
+            "gradients of the one after it, reduced": reduced(traced.layer(layers[at + 1]).weights if later else 0),
             "gradient of the table": b * root * has_head,
         }
     if has_head:
@@ -298,7 +298,19 @@ class _Traced:
 
 def _grouped_mm(x: Tensor, weight: Tensor, *, offs: Tensor) -> Tensor:
     """What has the sizes of a grouped product, which torch has on `meta` in bfloat16 alone."""
-    return x @ weight[0]
+    return _GroupedSizes.apply(x, weight)
+
+
+class _GroupedSizes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.new_empty(len(x), weight.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
 
 
 class Tracker(TorchDispatchMode):
