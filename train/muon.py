@@ -101,7 +101,12 @@ class Muon:
                 momentum.lerp_(grad, 1 - self.momentum)
         for matrices in self.rounds:
             owned = [[m for m in of_rank if grads[m.parameter] is not None] for of_rank in matrices]
-            mine = [(m, _local(m.box, self.boxes[self.rank][m.parameter])) for of_rank in owned for m in of_rank]
+            held = self.boxes[self.rank]
+            mine = [
+                (m, _slices(_overlap(m.box, held[m.parameter]), held[m.parameter]))
+                for of_rank in owned
+                for m in of_rank
+            ]
             ours = [
                 torch.lerp(grads[m.parameter][at], momenta[m.parameter][at], self.momentum)  # type: ignore[index]
                 for m, at in mine
@@ -118,21 +123,22 @@ class Muon:
         dtype = torch.bfloat16 if self.device == "cuda" else first.dtype
         sizes, here = [part.numel() for part in parts], iter(range(len(parts)))
         sends = [sum(sizes[next(here)] for _ in of_rank) for of_rank in owned]
-        places = [[_within(m.box, boxes[m.parameter]) for m in owned[self.rank]] for boxes in self.boxes]
-        receives = [sum(math.prod(end - start for start, end in box) for box in of_rank) for of_rank in places]
+        shared = [[_overlap(m.box, boxes[m.parameter]) for m in owned[self.rank]] for boxes in self.boxes]
+        receives = [sum(map(_numbers, of_rank)) for of_rank in shared]
+        places = [
+            [_slices(box, m.box)[-2:] for box, m in zip(of_rank, owned[self.rank], strict=True)] for of_rank in shared
+        ]
         flat = torch.cat([first.new_empty(0, dtype=dtype), *(part.flatten().to(dtype) for part in parts)])
         arrived = all_to_all_rows(flat.to(self.device), sends, receives, self.group)
 
         whole, taken = [arrived.new_empty(m.shape) for m in owned[self.rank]], 0
         for of_rank in places:
-            for matrix, box in zip(whole, of_rank, strict=True):
-                part = matrix[_slices(box)]
+            for matrix, place in zip(whole, of_rank, strict=True):
+                part = matrix[place]
                 part.copy_(arrived[taken : taken + part.numel()].view(part.shape))
                 taken += part.numel()
         whole = _orthogonal_of_each(whole)
-        back = [
-            matrix[_slices(box)].flatten() for of_rank in places for matrix, box in zip(whole, of_rank, strict=True)
-        ]
+        back = [matrix[place].flatten() for of_rank in places for matrix, place in zip(whole, of_rank, strict=True)]
         returned = all_to_all_rows(torch.cat([arrived[:0], *back]), receives, sends, self.group)
         pieces = returned.to(first).split(sizes)
         return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
@@ -209,20 +215,16 @@ def _device(parameters: Sequence[nn.Parameter]) -> str:
     return next((p.device_mesh.device_type for p in parameters if isinstance(p, DTensor)), "cpu")
 
 
-def _within(matrix: Box, held: Box) -> Box:
-    """What of a matrix lies in a held part, along the matrix's own two axes from its own beginning."""
-    shared = [(max(a, c), max(a, c, min(b, d))) for (a, b), (c, d) in zip(matrix, held, strict=True)]
-    empty = any(start == end for start, end in shared)
-    return tuple((0, 0) if empty else (s - a, e - a) for (s, e), (a, _) in zip(shared[-2:], matrix[-2:], strict=True))
+def _overlap(a: Box, b: Box) -> Box:
+    """What two parts of a tensor share; nothing along each axis where that is nothing."""
+    shared = tuple((max(s, t), min(e, f)) for (s, e), (t, f) in zip(a, b, strict=True))
+    return shared if all(start < end for start, end in shared) else ((0, 0),) * len(shared)
 
 
-def _local(matrix: Box, held: Box) -> tuple[slice, ...]:
-    """Where a matrix lies in a held part, from the beginning of that."""
-    shared = [(max(a, c), max(a, c, min(b, d))) for (a, b), (c, d) in zip(matrix, held, strict=True)]
-    if any(start == end for start, end in shared):
-        return (slice(0, 0),) * len(shared)
-    return tuple(slice(s - c, e - c) for (s, e), (c, _) in zip(shared, held, strict=True))
+def _numbers(box: Box) -> int:
+    return math.prod(end - start for start, end in box)
 
 
-def _slices(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(start, end) for start, end in box)
+def _slices(box: Box, origin: Box) -> tuple[slice, ...]:
+    """Where a part lies in another that holds all of it."""
+    return tuple(slice(start - first, end - first) for (start, end), (first, _) in zip(box, origin, strict=True))
