@@ -114,7 +114,7 @@ def test_garbage_of_the_owner_is_not_collected_by_what_was_forked(tmp_path: Path
     gc.collect()
     Garbage(tmp_path)
     workers = set(in_order(collect, range(8), nothing))
-    assert len(workers) > 1
+    assert workers and os.getpid() not in workers
     gc.collect()
     assert [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]
 
