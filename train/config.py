@@ -111,6 +111,8 @@ class OptimizerConfig:
 
     name: str = one_of("adamw", "adamw", "muon")
     """adamw | muon (for matrices of layers; the rest keeps AdamW)"""
+    state_dtype: str = one_of("float32", "float32", "bfloat16", "float8")
+    """float32 (float64 in a float64 model) | bfloat16 | float8 (moments of matrices in 16 or in 8 bits and scales)"""
     lr: float = at_least(5e-3, 0)
     momentum: float = 0.95
     """Decay rate of muon's momentum."""

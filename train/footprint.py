@@ -33,6 +33,7 @@ from parallel.options import PlanConfig
 from parallel.pipeline.layout import cut_layers, num_stages
 from parallel.tensor.plan import Split, split_of
 from parallel.torch_private import TorchDispatchMode, tree_iter
+from train.moments import bytes_a_number
 from train.muon import is_orthogonalised
 from train.resolve import Resolved
 
@@ -85,6 +86,7 @@ class Step:
     device_type: str = "cuda"
     gradient_sync: str = "last"
     optimizer: str = "adamw"
+    state_dtype: str = "float32"
     frozen: tuple[str, ...] = ()
 
 
@@ -115,6 +117,7 @@ def step_of(run: Resolved, dtype: torch.dtype, device_type: str) -> Step:
         device_type,
         parallel.gradient_sync,
         run.config.optimizer.name,
+        run.config.optimizer.state_dtype,
         run.frozen,
     )
 
@@ -159,7 +162,7 @@ def _of_rank(traced: _Traced, layout: Layout, spans: list[range], rank: int) -> 
         numbers = 1 if step.optimizer == "muon" and is_orthogonalised(name, parameter) else 2
         held["weights"] += a * mine
         held["gradients"] += a * mine * is_trained
-        held["optimizer"] += a * mine * numbers * is_trained
+        held["optimizer"] += int(bytes_a_number(parameter, step.state_dtype, a) * mine * numbers * is_trained)
         rows_stay = "embed_tokens_per_layer" in name or (not has_head and layout.tp == 1 and "embed_tokens" in name)
         if not rows_stay:
             here = parameter.numel() // traced.parts(name)

@@ -66,7 +66,7 @@ class Matrix(NamedTuple):
 
 
 class Muon:
-    """The step of Muon for some parameters, whose state the optimizer that has it keeps.
+    """The step of Muon for some parameters, whose momentum the optimizer that has it keeps and adds.
 
     `group`: the ranks among which the parameters are sharded, each holding another part; None where all are whole.
     """
@@ -92,13 +92,12 @@ class Muon:
         self.rounds = list(_rounds(matrices, ranks))
         """In each the matrices of every rank in turn."""
 
-    def step(self, states: Sequence[dict[str, Tensor]], lr: float, weight_decay: float) -> None:
-        """Update the parameters that have a gradient, on every rank of the group the same ones."""
-        momenta = [local_part(state["momentum"]) for state in states]
+    def step(self, lr: float, weight_decay: float) -> None:
+        """Update the parameters that have a gradient, on every rank of the group the same ones.
+
+        In the gradient's place stands what is to be made orthogonal.
+        """
         grads = [None if p.grad is None else local_part(p.grad) for p in self.parameters]
-        for momentum, grad in zip(momenta, grads, strict=True):
-            if grad is not None:
-                momentum.lerp_(grad, 1 - self.momentum)
         for matrices in self.rounds:
             owned = [[m for m in of_rank if grads[m.parameter] is not None] for of_rank in matrices]
             held = self.boxes[self.rank]
@@ -107,10 +106,7 @@ class Muon:
                 for of_rank in owned
                 for m in of_rank
             ]
-            ours = [
-                torch.lerp(grads[m.parameter][at], momenta[m.parameter][at], self.momentum)  # type: ignore[index]
-                for m, at in mine
-            ]
+            ours = [grads[m.parameter][at] for m, at in mine]  # type: ignore[index]
             for (m, at), update in zip(mine, self._exchanged(owned, ours), strict=True):
                 weight = local_part(self.parameters[m.parameter]).detach()[at]
                 weight.mul_(1 - lr * weight_decay).add_(update, alpha=-lr * 0.2 * math.sqrt(max(m.shape)))

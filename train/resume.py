@@ -120,12 +120,13 @@ def progress_from(checkpoint: Path, asked: Progress) -> Progress:
             f"checkpoint {checkpoint} was trained with another tokenizer; set data.tokenizer to the tokenizer.json "
             "in its run folder, or choose another run.dir."
         )
-    before, now = (progress.config.get("optimizer", {}).get("name", "adamw") for progress in (saved, asked))
-    if before != now:
-        raise ConfigError(
-            f"checkpoint {checkpoint} has the state of optimizer.name={before}, this run is by {now}; use that value, "
-            "or export its weights, and begin another run.dir from them by model.weights."
-        )
+    for key, earlier in (("name", "adamw"), ("state_dtype", "float32")):
+        before, now = (progress.config.get("optimizer", {}).get(key, earlier) for progress in (saved, asked))
+        if before != now:
+            raise ConfigError(
+                f"checkpoint {checkpoint} has the state of optimizer.{key}={before}, this run is by {now}; use that "
+                "value, or export its weights, and begin another run.dir from them by model.weights."
+            )
     for names, what in (
         (set(saved.frozen) - set(asked.frozen), "trained from here on, with fresh optimizer state"),
         (set(asked.frozen) - set(saved.frozen), "frozen from here on; their optimizer state is dropped"),

@@ -102,7 +102,7 @@ def kernels(run: Resolved, device: torch.device, dtype: torch.dtype, products: s
         f"loss linear cross entropy in tiles{split}",
         f"products {products}",
         f"activation checkpoint {run.config.activation_checkpoint.mode}",
-        f"optimizer {run.config.optimizer.name}",
+        f"optimizer {run.config.optimizer.name}, state in {run.config.optimizer.state_dtype}",
     )
     return f"kernels: {' | '.join(parts)}"
 

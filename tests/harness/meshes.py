@@ -73,10 +73,11 @@ class Case:
     dtype: torch.dtype = torch.float64
     gradient_sync: str = "last"
     optimizer: str = "adamw"
+    state_dtype: str = "float32"
 
     @property
     def optimizer_config(self) -> OptimizerConfig:
-        return OptimizerConfig(self.optimizer, lr=LEARNING_RATES[self.dtype])
+        return OptimizerConfig(self.optimizer, self.state_dtype, lr=LEARNING_RATES[self.dtype])
 
     @property
     def config(self) -> Gemma4Config:

@@ -17,7 +17,7 @@ from tests.harness.report import report
 from tests.harness.runs import losses, overrides, train_on
 from train.config import OptimizerConfig
 from train.muon import Matrix, Muon, _matrices, is_orthogonalised, orthogonal
-from train.optimizer import build_optimizer
+from train.optimizer import ShardedOptimizer, build_optimizer
 
 
 @pytest.mark.parametrize("shape", [(1, 48, 48), (1, 16, 64), (1, 64, 16), (3, 24, 40)])
@@ -38,15 +38,16 @@ def test_a_step_is_that_of_torch() -> None:
     ours = torch.nn.Parameter(torch.randn(40, 24))
     theirs = torch.nn.Parameter(ours.detach().clone())
     reference = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    muon = Muon([ours], ["w"], OptimizerConfig("muon"), None)
-    state = {"momentum": torch.zeros(40, 24)}
+    config = OptimizerConfig("muon", lr=0.02)
+    muon = Muon([ours], ["w"], config, None)
+    optimizer = ShardedOptimizer([{"params": [ours], "weight_decay": 0.1, "muon": muon}], config)
     for _ in range(4):
         ours.grad = torch.randn(40, 24)
         theirs.grad = ours.grad.clone()
         before = ours.detach().clone()
         reference.step()
+        optimizer.step()
         with torch.no_grad():
-            muon.step([state], 0.02, 0.1)
             our_step, their_step = ours - before, theirs - before
             assert relative_error(our_step, their_step) < 0.02
             theirs.copy_(ours)
