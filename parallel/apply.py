@@ -88,9 +88,10 @@ def build_parallel_model(
     routers: list[RouterBalance] = []
     for part in parts:
         # Frozen first: every plan below passes `requires_grad` on to the parameters it makes.
+        modules = dict(part.named_modules())
         for name in frozen:
-            if hasattr(part, name):
-                part.get_submodule(name).requires_grad_(False)
+            if name in modules:
+                modules[name].requires_grad_(False)
         # Tensor parallel replaces table and head and splits linear layers, whose other parts later plans set.
         tensor = apply_tensor_parallel(part, mesh.tp, layout.sequence_parallel) if layout.tp > 1 else None
         # Inputs are cut along the sequence first: a rank of tp then has a run of what is left.

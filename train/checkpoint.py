@@ -207,11 +207,11 @@ class Checkpointer:
     ) -> dict[str, Any]:
         """Load the tensors of a verified checkpoint in place and return the state saved beside them.
 
-        newly_trained: top modules that were frozen when it was saved; their optimizer state stays as it is.
+        newly_trained: modules that were frozen when it was saved; their optimizer state stays as it is.
         """
         tensors = _tensors(model, optimizer)
         state = tensors["optimizer"]["state"]
-        for name in [name for name in state if name.partition(".")[0] in newly_trained]:
+        for name in [name for name in state if name.startswith(tuple(f"{module}." for module in newly_trained))]:
             del state[name]
         reader = TensorReader(folder)
         reader.read_metadata()  # a refusal is one sentence here, and a report of all ranks from within torch

@@ -202,6 +202,8 @@ class ModelConfig(ModelOverrides):  # type: ignore[misc, valid-type]
     """none | freeze | projector (tower frozen, projector trained) | train; unset: freeze with weights, else none"""
     audio: str | None = one_of(None, "none", "freeze", "projector", "train")
     """The same for sound."""
+    per_layer_table: str = one_of("train", "train", "freeze")
+    """train | freeze: the embeddings of each layer of e2b and e4b, half and a third of their parameters"""
 
 
 @dataclass

@@ -158,7 +158,7 @@ def _of_rank(traced: _Traced, layout: Layout, spans: list[range], rank: int) -> 
         ):
             continue
         mine = -(-parameter.numel() // layout.sharding)
-        is_trained = name.partition(".")[0] not in step.frozen
+        is_trained = not name.startswith(tuple(f"{module}." for module in step.frozen))
         numbers = 1 if step.optimizer == "muon" and is_orthogonalised(name, parameter) else 2
         held["weights"] += a * mine
         held["gradients"] += a * mine * is_trained

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from model import ConfigError
 from parallel.dtensors import local_part
 from parallel.torch_private import global_offset
 
@@ -57,6 +58,11 @@ class Moment:
     def __init__(self, parameter: Tensor, name: str, dtype: str, *, squares: bool) -> None:
         """squares: whether it is a mean of squares, which are never negative and whose roots are what matters."""
         self.squares, self.block = squares, block_size(parameter.shape[-1])
+        if dtype == "float8" and local_part(parameter).shape[-1] % self.block:
+            raise ConfigError(
+                f"optimizer.state_dtype=float8 keeps rows of {parameter.shape[-1]} in blocks of {self.block}, but a "
+                f"rank of this mesh has {local_part(parameter).shape[-1]} of a row; nearest legal: bfloat16."
+            )
         if dtype == "bfloat16":
             self.tensors = {name: torch.zeros_like(parameter, dtype=torch.bfloat16)}
         else:

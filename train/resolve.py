@@ -94,7 +94,7 @@ def _training_of(model: ModelConfig, encoder: str) -> str:
 
 
 def _frozen(config: Config, model: Gemma4Config) -> tuple[str, ...]:
-    names = []
+    names = ["language_model.embed_tokens_per_layer"] if config.model.per_layer_table == "freeze" else []
     for encoder in ENCODERS:
         sizes, mode = getattr(model, encoder), _training_of(config.model, encoder)
         if sizes is None or mode == "train":
@@ -128,6 +128,8 @@ def _check_encoders(config: Config, model: Gemma4Config) -> None:
             raise ConfigError(
                 f"model.{encoder}={wanted} would keep a tower of random weights; give model.weights, or set train."
             )
+    if config.model.per_layer_table == "freeze" and not model.hidden_size_per_layer_input:
+        raise ConfigError("model.per_layer_table=freeze, but this model has no such table; legal: train.")
 
 
 def _check_training(config: Config) -> None:

@@ -82,6 +82,7 @@ def _model(run: Resolved, world: World, device: torch.device, dtype: torch.dtype
     for name, part in whole.named_children():
         if name != "language_model" and next(part.parameters(), None) is not None:
             yield f"{name}: {'frozen' if name in run.frozen else 'trained'}"
+    yield from (f"{name}: frozen" for name in run.frozen if "." in name)
 
 
 def kernels(run: Resolved, device: torch.device, dtype: torch.dtype, products: str) -> str:

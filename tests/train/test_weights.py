@@ -140,6 +140,22 @@ def test_a_frozen_encoder_may_be_trained_later(released: Path, tmp_path: Path) -
     assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
+def test_a_frozen_table_stays_and_may_be_trained_later(released: Path, tmp_path: Path) -> None:
+    more = ("optimizer.state_dtype=float8", "export.at_end=true")
+    train_on(2, arguments(tmp_path, released, "train.steps=2", "model.per_layer_table=freeze", *more))
+    train_on(1, arguments(tmp_path, released, "train.steps=4", "export.at_end=true", *more))
+    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3, 4]
+    table = "language_model.embed_tokens_per_layer.weight"
+    exports = sorted((tmp_path / "run" / "export").glob("step_*"))
+    states = [load_model(folder).state_dict() for folder in (released, *exports)]
+    weights, first, second = (state[table] for state in states)
+    assert torch.equal(weights, first) and not torch.equal(first, second)
+    other = "language_model.embed_tokens.weight"
+    assert not torch.equal(states[0][other], states[1][other])
+    with pytest.raises(ConfigError, match=r"model.per_layer_table=freeze, but this model has no such table; legal: "):
+        resolve(load_config(["+variant=tiny_31b", "model.per_layer_table=freeze"]), 1)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
