@@ -3,6 +3,7 @@
     python -m tests.sweep --seed 0 --count 100     # draws 0:0 to 0:99
     python -m tests.sweep --seed 0 --only 17       # one of them again
     python -m tests.sweep --dtype float32          # in float32, with its bounds
+    python -m tests.sweep --with optimizer.name=muon --with parallel.cpu_offload=true    # these in every draw
 
 Each draws a variant with sizes, a mesh of 2, 4 or 8 ranks, a batch of packed documents and options,
 trains a few steps, and compares loss, gradient norm and every gradient with one process.
@@ -98,12 +99,31 @@ def _draw_options(draw: random.Random) -> tuple[tuple[str, Any], ...]:
     )
 
 
+def with_options(case: Case, words: list[str]) -> Case:
+    """The case with some options as these KEY=VALUE texts say."""
+    fields = {
+        "optimizer.name": "optimizer",
+        "optimizer.state_dtype": "state_dtype",
+        "parallel.gradient_sync": "gradient_sync",
+    }
+    for word in words:
+        key, _, text = word.partition("=")
+        if key in fields:
+            change: dict[str, Any] = {fields[key]: text}
+            case = replace(case, **change)
+        else:
+            value = {"true": True, "false": False}.get(text, text)
+            case = replace(case, options=tuple((dict(case.options) | {key: value}).items()))
+    return case
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--only", type=int, default=None, help="run this draw alone")
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
+    parser.add_argument("--with", dest="words", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -112,6 +132,7 @@ def main() -> int:
     failed = []
     for index in draws:
         case, started = draw_case(f"{arguments.seed}:{index}", getattr(torch, arguments.dtype)), time.perf_counter()
+        case = with_options(case, arguments.words)
         try:
             found = run(case)
             good = found.within(case.dtype)

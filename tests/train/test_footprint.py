@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from data.batch import Batch
 from launch import memory
+from launch.benchmarks.scaling import peak
 from model import Gemma4Config
 from model.init import random_fill
 from parallel.apply import build_parallel_model
@@ -64,19 +63,6 @@ CASES = {
     2: [Case("31b", torch.float32), Case("26b_a4b", torch.bfloat16)],
 }
 """By ranks. With two, a layer's gradients may still be on their way, so there only many layers will do."""
-
-
-def peak(step: Callable[[], object]) -> int:
-    """The most bytes of tensors that a step adds, by what torch's allocator says of each."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    events = recorded.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    now = most = 0
-    for _, change in changes:
-        now += change
-        most = max(most, now)
-    return most
 
 
 def measured(case: Case, ranks: int) -> int:
