@@ -1,8 +1,8 @@
-# make setup | train | test | test-gpu | test-slurm | lint
+# make setup | train | test | test-kernels | test-gpu | test-slurm | lint
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: setup train test test-gpu test-slurm lint
+.PHONY: setup train test test-kernels test-gpu test-slurm lint
 
 setup: .venv/.installed
 	$(BIN)/python -m launch.torchrun_script
@@ -24,6 +24,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+test-kernels: setup
+	$(BIN)/python -m pip install --quiet --constraint launch/constraints.txt --editable '.[kernels]'
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/model/kernels
+	$(BIN)/python -m pytest tests/model/kernels/test_budget.py
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu -rs
