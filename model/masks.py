@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from model.tiles import QUERIES, query_spans, stretches
 from model.token_types import is_vision
 
 if TYPE_CHECKING:
@@ -37,6 +38,20 @@ class Block(NamedTuple):
     query_end: int
     key_start: int
     key_end: int
+
+
+class Tiles(NamedTuple):
+    """`queries`: by size, the tiles of queries; `of_keys`: see `query_spans`; both, and the intervals, in int32."""
+
+    queries: dict[int, Tensor]
+    of_keys: Tensor
+    first_key_T: Tensor
+    last_key_T: Tensor
+
+    def to(self, device: torch.device) -> Tiles:
+        """The tables on a device."""
+        queries = {size: table.to(device, non_blocking=True) for size, table in self.queries.items()}
+        return Tiles(queries, *(table.to(device, non_blocking=True) for table in self[1:]))
 
 
 class Padding(NamedTuple):
@@ -80,6 +95,8 @@ class AttentionMask:
         made["padding"] = padding and Padding(*(t.to(device, non_blocking=True) for t in padding))
         if device.type == "cuda":
             _ = moved.block_mask
+            if self.num_queries:
+                made["tiles"] = self.tiles.to(device)
         return moved
 
     def _on(self, device: torch.device) -> Self:
@@ -103,15 +120,21 @@ class AttentionMask:
         """Runs of queries in one aligned stretch of a sequence; one that asks or sees nothing costs nothing."""
         if self.num_queries == 0:
             return ()
-        stretches = self.num_keys // size + 1
-        key_T = self.batch_T * stretches + self.position_T // size
-        stretch, counts = torch.unique_consecutive(key_T, return_counts=True)
-        ends = counts.cumsum(0)
-        owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-        first = torch.full_like(counts, self.num_keys).scatter_reduce_(0, owner, self.first_key_T, "amin")
-        last = torch.zeros_like(counts).scatter_reduce_(0, owner, self.last_key_T, "amax")
-        table = torch.stack((stretch // stretches, ends - counts, ends, first, last + 1), dim=1)
-        return tuple(block for block in map(Block._make, table.tolist()) if block.key_start < block.key_end)
+        blocks = map(Block._make, self._stretches(size).tolist())
+        return tuple(block for block in blocks if block.key_start < block.key_end)
+
+    def _stretches(self, size: int) -> Tensor:
+        return stretches(self.batch_T, self.position_T, self.first_key_T, self.last_key_T, self.num_keys, size)
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        """Tables for kernels that go through tiles of queries and of keys; at least one query."""
+        return Tiles(
+            {size: self._stretches(size).int() for size in QUERIES},
+            query_spans(self._stretches(min(QUERIES)), self.batch_size, self.num_keys),
+            self.first_key_T.int(),
+            self.last_key_T.int(),
+        )
 
     @cached_property
     def padding(self) -> Padding | None:
