@@ -14,7 +14,7 @@ from model.config import Gemma4Config, LayerConfig
 from model.linear import Linear
 from model.masks import AttentionMask
 from model.norm import RMSNorm, rms_norm
-from model.rope import RotaryTable, apply_rotary
+from model.rope import RotaryTable, norm_rotary
 
 
 class KeyValue(NamedTuple):
@@ -26,7 +26,7 @@ class KeyValue(NamedTuple):
 
 def normed_key_value(raw: KeyValue, weight_H: Tensor | None, table: RotaryTable, eps: float) -> KeyValue:
     """Keys and values at the positions of `table` (docs/gemma4.md 3.1); `weight_H` is that of the key norm."""
-    return KeyValue(apply_rotary(rms_norm(raw.k_TKH, weight_H, eps), table), rms_norm(raw.v_TKH, None, eps))
+    return KeyValue(norm_rotary(raw.k_TKH, weight_H, table, eps), rms_norm(raw.v_TKH, None, eps))
 
 
 class AttentionPlan(Protocol):
@@ -72,8 +72,8 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, key_value: KeyValue, table: RotaryTable, mask: AttentionMask) -> Tensor:
         """Output [T, D] of the T queries of `mask` against the keys of all positions."""
-        q_TNH = self.q_norm(self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim)))
-        q_TNH = apply_rotary(q_TNH, table)
+        q_TNH = self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        q_TNH = norm_rotary(q_TNH, self.q_norm.weight, table, self.eps)
         if self.plan is None:
             out_TNH = attention(q_TNH, *key_value, mask)
         else:

@@ -3,6 +3,7 @@
 `blocked` (CPU, and wide heads on a GPU): queries in blocks against the span of keys the block can see, so a sliding
 layer costs S * W, a packed full layer the sum over its documents, and unsupervised stretches nothing.
 `flex` (heads of up to 256 on a GPU): compiled flex attention over the same mask. Not run on a GPU so far.
+`triton` (on a GPU, where chosen): kernels of this project (`model/kernels`), for every width. Not run on a GPU so far.
 `partial_attention` is for keys that arrive block by block: it also gives the log-sum-exp by which outputs merge.
 Scores are not scaled (Gemma 4 normalises queries and keys) and have no soft cap (docs/gemma4.md 3.1).
 
@@ -21,8 +22,10 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from model.masks import AttentionMask, Block
 from model.precision import accumulation_dtype, product, upcast
+from model.triton_choice import attends_by_triton
 
 AttentionKernel = Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor]
+PartialKernel = Callable[[Tensor, Tensor, Tensor, AttentionMask], tuple[Tensor, Tensor]]
 FlexCall = Callable[[Tensor, Tensor, Tensor, BlockMask], Any]
 
 LARGEST_FLEX_HEAD = 256
@@ -34,7 +37,7 @@ def attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: AttentionMask) 
     if q_TNH.shape[0] == 0:  # flex refuses it; keys and values still get their (zero) gradients
         return q_TNH + 0 * (k_TKH.sum() + v_TKH.sum())
     k_BSKH, v_BSKH = (t.unflatten(0, (mask.batch_size, mask.num_keys)) for t in (k_TKH, v_TKH))
-    return kernel_for(q_TNH.device.type, q_TNH.shape[-1])(q_TNH, k_BSKH, v_BSKH, mask)
+    return kernel_for(q_TNH.device.type, q_TNH.shape[-1], q_TNH.dtype)(q_TNH, k_BSKH, v_BSKH, mask)
 
 
 def partial_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor]:
@@ -43,13 +46,30 @@ def partial_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: Attenti
     Differentiable in both. A query that sees none of the keys gets 0 and -inf, and gives no gradient.
     """
     k_BSKH, v_BSKH = (t.unflatten(0, (mask.batch_size, mask.num_keys)) for t in (k_TKH, v_TKH))
-    by_flex = kernel_for(q_TNH.device.type, q_TNH.shape[-1]) is flex
-    return (flex_partial if by_flex else blocked_partial)(q_TNH, k_BSKH, v_BSKH, mask)
+    kernel = kernel_for(q_TNH.device.type, q_TNH.shape[-1], q_TNH.dtype)
+    partials: dict[AttentionKernel, PartialKernel] = {triton: triton_partial, flex: flex_partial}
+    return partials.get(kernel, blocked_partial)(q_TNH, k_BSKH, v_BSKH, mask)
 
 
-def kernel_for(device_type: str, head_dim: int) -> AttentionKernel:
-    """Flex attention on a GPU for heads whose tiles fit its shared memory, the blocked kernel elsewhere."""
+def kernel_for(device_type: str, head_dim: int, dtype: torch.dtype) -> AttentionKernel:
+    """Triton's where it is chosen; else flex attention on a GPU for heads that fit it, and the blocked kernel."""
+    if attends_by_triton(device_type, dtype):
+        return triton
     return flex if device_type == "cuda" and head_dim <= LARGEST_FLEX_HEAD else blocked
+
+
+def triton(q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> Tensor:
+    """Attention by the kernels of this project, for every width of head."""
+    from model.kernels.attention import triton_attention
+
+    return triton_attention(q_TNH, k_BSKH, v_BSKH, mask)
+
+
+def triton_partial(q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor]:
+    """The same over some of the keys, with the log-sum-exp [T, N] by which parts are merged."""
+    from model.kernels.attention import triton_partial
+
+    return triton_partial(q_TNH, k_BSKH, v_BSKH, mask)
 
 
 def flex_shared_memory(head_dim: int, itemsize: int) -> int:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import Attention, KeyValue
@@ -23,7 +22,7 @@ from model.config import Gemma4Config, LayerConfig, LayerType
 from model.inputs import Inputs, Kept
 from model.linear import Linear
 from model.masks import AttentionMask
-from model.mlp import MLP
+from model.mlp import MLP, gated_gelu
 from model.moe import Experts, Router
 from model.norm import RMSNorm
 from model.rope import RotaryTable, rotary_table
@@ -106,11 +105,11 @@ class DecoderLayer(nn.Module):
             # Two ways, since a plan may split x among devices, but gives this layer's products all of `normed`.
             x_TD, normed = kept.take(x_TD), normed[kept.index]
         attended = self.self_attn(normed, key_value, inputs.rope_q, inputs.mask)
-        x_TD = x_TD + self.post_attention_layernorm(attended)
-        x_TD = x_TD + self.post_feedforward_layernorm(self._feed_forward(x_TD))
+        x_TD = self.post_attention_layernorm.add_to(x_TD, attended)
+        x_TD = self.post_feedforward_layernorm.add_to(x_TD, self._feed_forward(x_TD))
         if per_layer_input_TP is not None:
-            gate = F.gelu(self.per_layer_input_gate(x_TD), approximate="tanh")
-            x_TD = x_TD + self.post_per_layer_input_norm(self.per_layer_projection(gate * per_layer_input_TP))
+            gated = gated_gelu(self.per_layer_input_gate(x_TD), per_layer_input_TP)
+            x_TD = self.post_per_layer_input_norm.add_to(x_TD, self.per_layer_projection(gated))
         return x_TD * self.layer_scalar.to(x_TD.dtype), key_value if self.spec.kv_is_shared else None
 
     def _feed_forward(self, x_TD: Tensor) -> Tensor:

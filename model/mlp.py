@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.linear import Linear
+from model.triton_choice import by_triton
 
 
 class MLP(nn.Module):
@@ -19,4 +20,13 @@ class MLP(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Features [T, D] of each token, through the gate."""
-        return self.down_proj(F.gelu(self.gate_proj(x_TD), approximate="tanh") * self.up_proj(x_TD))
+        return self.down_proj(gated_gelu(self.gate_proj(x_TD), self.up_proj(x_TD)))
+
+
+def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu_tanh(gate) * up, of any two tensors of one shape."""
+    if by_triton(gate):
+        from model.kernels.gate import fused_gated_gelu
+
+        return fused_gated_gelu(gate, up)
+    return F.gelu(gate, approximate="tanh") * up

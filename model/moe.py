@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from model.config import Gemma4Config
 from model.linear import Linear
+from model.mlp import gated_gelu
 from model.norm import RMSNorm
 from model.precision import upcast
+from model.triton_choice import by_triton
 
 
 def has_grouped_kernel(device_type: str, dtype: torch.dtype) -> bool:
@@ -132,6 +134,11 @@ def run_routed(
     offsets = torch.searchsorted(indices_Tk.flatten()[order], experts, right=True).to(torch.int32)
     slot = torch.empty_like(order)
     slot[order] = torch.arange(order.numel(), device=order.device)
+    if by_triton(x_TD):
+        from model.kernels.experts import permute, weighted_combine
+
+        y = run_experts(permute(x_TD, slot, top_k), offsets, gate_up_EFD, down_EDF, grouped_mm)
+        return weighted_combine(y, weights_Tk, slot)
     rows = _Dispatch.apply(x_TD, order, slot, top_k)
     y = run_experts(rows, offsets, gate_up_EFD, down_EDF, grouped_mm)
     y_TkD = _Combine.apply(y, order, slot).view(num_tokens, top_k, x_TD.shape[-1])
@@ -143,4 +150,4 @@ def run_experts(
 ) -> Tensor:
     """Each expert over its rows of x, which are grouped by expert; `offsets[e]` is the end of expert e's rows."""
     gate, up = grouped_mm(x, gate_up_EFD.transpose(-2, -1), offs=offsets).chunk(2, dim=-1)
-    return grouped_mm(F.gelu(gate, approximate="tanh") * up, down_EDF.transpose(-2, -1), offs=offsets)
+    return grouped_mm(gated_gelu(gate, up), down_EDF.transpose(-2, -1), offs=offsets)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.precision import upcast
+from model.triton_choice import by_triton
 
 
 class RMSNorm(nn.Module):
@@ -25,12 +26,24 @@ class RMSNorm(nn.Module):
         """Vectors of root mean square 1 along the last axis, times the weight; in the dtype of x."""
         return rms_norm(x, self.weight, self.eps)
 
+    def add_to(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Hidden states plus the norm of a branch, which is where a branch ends."""
+        if self.weight is not None and by_triton(x):
+            from model.kernels.norm import fused_add_rms_norm
+
+            return fused_add_rms_norm(x, branch, self.weight, self.eps)
+        return x + self(branch)
+
 
 def rms_norm(x: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
     """`RMSNorm` with a weight from elsewhere, or none; in the dtype of x.
 
-    On a GPU by torch's kernel, which computes in float32 what it reads and writes narrower.
+    On a GPU by one kernel, Triton's or torch's, which computes in float32 what it reads and writes narrower.
     """
+    if by_triton(x):
+        from model.kernels.norm import fused_rms_norm
+
+        return fused_rms_norm(x, weight_D, eps)
     if x.is_cuda and (weight_D is None or weight_D.dtype == x.dtype):
         return F.rms_norm(x, x.shape[-1:], weight_D, eps)
     return _RMSNorm.apply(x, weight_D, eps)

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from model.config import Gemma4Config, LayerType
+from model.norm import rms_norm
 from model.precision import accumulation_dtype
+from model.triton_choice import by_triton
 
 
 @dataclass(frozen=True)
@@ -69,3 +71,12 @@ def apply_rotary(x_TNH: Tensor, table: RotaryTable) -> Tensor:
     first, first_rest = x_TNH[..., :rotated], x_TNH[..., rotated:half]
     second, second_rest = x_TNH[..., half : half + rotated], x_TNH[..., half + rotated :]
     return torch.cat((first * cos - second * sin, first_rest, second * cos + first * sin, second_rest), dim=-1)
+
+
+def norm_rotary(x_TNH: Tensor, weight_H: Tensor | None, table: RotaryTable, eps: float) -> Tensor:
+    """Heads [T, N, H], each normed, then rotated."""
+    if by_triton(x_TNH):
+        from model.kernels.rotary import fused_norm_rotary
+
+        return fused_norm_rotary(x_TNH, weight_H, table.cos, table.sin, eps)
+    return apply_rotary(rms_norm(x_TNH, weight_H, eps), table)

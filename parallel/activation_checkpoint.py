@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 from model import Gemma4
 from model.encoders.config import LAYER_STACKS
 from parallel.options import ActivationCheckpointConfig
@@ -18,9 +22,15 @@ def apply_activation_checkpoint(model: Gemma4, options: ActivationCheckpointConf
     # imports slowly, so only when asked for
     from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing, FullAC, SelectiveAC
 
+    class Selective(SelectiveAC):
+        def get_save_ops(self) -> set[Any]:
+            saved: set[Any] = super().get_save_ops()
+            attention = getattr(torch.ops.gemwright, "attention", None)  # once Triton's kernels are imported
+            return saved if attention is None else saved | {attention.default}
+
     policy: ActivationCheckpointing = FullAC(FullAC.Config(preserve_rng_state=False))
     if options.mode == "selective":
-        policy = SelectiveAC(SelectiveAC.Config(preserve_rng_state=False, force_recompute_mm_shapes_by_fqns=[]))
+        policy = Selective(Selective.Config(preserve_rng_state=False, force_recompute_mm_shapes_by_fqns=[]))
     for name in ("language_model", *LAYER_STACKS):
         if not hasattr(model, name.partition(".")[0]):
             continue

@@ -46,6 +46,8 @@ class ParallelConfig:
     gradient_sync: str = one_of("last", "last", "every")
     """last: reduce once a step, whole gradients kept meanwhile | every: reduce each micro-batch, in less memory"""
     cpu_offload: bool = False
+    kernels: str = one_of("auto", "auto", "torch", "triton")
+    """auto (on a GPU Triton's, where it is installed) | torch | triton"""
 
 
 @dataclass

@@ -89,7 +89,7 @@ def kernels(run: Resolved, device: torch.device, dtype: torch.dtype, products: s
     """A line on what computes attention, experts, loss and matrix products; `products` names the last of these."""
     model, layout = run.model, run.layout
     sliding = sum(kind == "sliding_attention" for kind in model.layer_types)
-    local, full = (kernel_for(device.type, width).__name__ for width in (model.head_dim, model.global_head_dim))
+    local, full = (kernel_for(device.type, width, dtype).__name__ for width in (model.head_dim, model.global_head_dim))
     experts, around = "none", ""
     if layout.cp > 1:
         around = ", whole sequence gathered once" if model.num_kv_shared_layers else ", full layers around a ring"

@@ -21,6 +21,7 @@ from model.init import Fill, random_fill
 from model.media import Media
 from parallel.agree import RankError, summed_counts, together
 from parallel.apply import build_parallel_model
+from parallel.kernels import check_kernels, choose_kernels
 from parallel.mesh import build_mesh
 from parallel.router_losses import read_balance
 from parallel.world import World, compute_dtype
@@ -86,6 +87,8 @@ class Trainer:
             self.folder.describe(config, self.data.tokenizer_file)
             self.trackers = build_trackers(config, self.folder.path, self.progress.step)
         screen.show(run, world, device, self.dtype, screen.Outlook(self.data, self.progress, checkpoint, changed))
+        if choose_kernels(config.parallel.kernels, device):
+            log.info("kernels of Triton, beside torch's: %s", check_kernels(self.model_config, device, self.dtype))
         self.parallel = build_parallel_model(
             self.model_config,
             build_mesh(device, self.layout),

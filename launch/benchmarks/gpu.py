@@ -31,12 +31,14 @@ from torch import Tensor
 from launch.arguments import run
 from launch.benchmarks.place import Place, Wrong, near
 from model import Gemma4Config
-from model.attention_kernels import AttentionKernel, blocked, flex, kernel_for
+from model.attention_kernels import AttentionKernel, blocked, flex, kernel_for, triton
 from model.head import linear_cross_entropy, softcapped_logits
 from model.inputs import make_inputs
 from model.masks import AttentionMask, attention_mask
 from model.moe import grouped_mm
 from model.norm import rms_norm
+from model.triton_choice import has_triton, triton_for
+from parallel.kernels import kernel_differences
 
 Found = dict[str, Any]
 """Numbers of a check, by name."""
@@ -75,7 +77,8 @@ def attention(place: Place) -> Found:
         wide = [t.detach().float().requires_grad_() for t in (q, k, v)]
         expected = _formula(wide, mask.dense().to(place.device))
         expected_grads = torch.autograd.grad(expected, wide, grad)
-        for kernel in dict.fromkeys((kernel_for(place.device.type, width), blocked)):
+        chosen = kernel_for(place.device.type, width, torch.bfloat16)
+        for kernel in dict.fromkeys((chosen, blocked, *((triton,) if place.real and has_triton() else ()))):
             name = f"{kernel.__name__} {width}/{window}/{heads}:{kv_heads}"
             inputs = [t.detach().clone().requires_grad_() for t in (q, k, v)]
             on_device = mask.to(place.device)
@@ -275,8 +278,24 @@ def throughput(place: Place) -> Found:
     return found
 
 
+def fused(place: Place) -> Found:
+    """Triton's kernels beside torch's path, at the widths of two variants; then the layers of the 31B through them."""
+    found: Found = {}
+    if not (place.real and has_triton()):
+        return found
+    for name in ("31b", "26b_a4b"):
+        config = Gemma4Config.from_name(f"gemma4_{name}")
+        for kernel, measured in kernel_differences(config, place.device, torch.bfloat16):
+            found[f"{name}: {kernel}"] = off = measured()
+            if not off < 2e-2:
+                raise Wrong(f"the kernel of {kernel} is off by {off:.1e} at the widths of {name}")
+    with triton_for(place.device.type):
+        found |= {f"by triton, {name}": value for name, value in throughput(place).items()}
+    return found
+
+
 CHECKS: dict[str, Callable[[Place], Found]] = {
-    check.__name__: check for check in (environment, attention, variants, norm, loss, experts, waits, throughput)
+    check.__name__: check for check in (environment, attention, variants, norm, loss, experts, waits, throughput, fused)
 }
 
 

@@ -43,24 +43,38 @@ def _parts(*sizes: tuple[int, int, int, int]) -> dict[str, Sizes]:
     return dict(zip(("forward", "queries", "keys", "values"), (Sizes(*four) for four in sizes), strict=True))
 
 
+@torch.library.custom_op("gemwright::attention", mutates_args=())
+def outputs(
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    tiles: Tensor,
+    first_key_T: Tensor,
+    last_key_T: Tensor,
+    num_keys: int,
+) -> tuple[Tensor, Tensor]:
+    """Outputs [T_queries, N, H] and log-sum-exp [T_queries, N], as an operation of torch's.
+
+    Selective recomputation knows it by its name, and keeps what it gives.
+    """
+    q, k, v = map(_last_axis_dense, (q_TNH, k_TKH, v_TKH))
+    out_TNH = q.new_empty(q.shape)
+    lse_TN = q.new_empty(q.shape[:2], dtype=torch.float32)
+    forward[(len(tiles) * q.shape[1],)](
+        *(q, k, v, out_TNH, lse_TN, tiles, first_key_T, last_key_T),
+        *(*_strides(q), *_strides(k), *_strides(v), *_strides(out_TNH)),
+        *(len(tiles), q.shape[1], num_keys),
+        **_constants(q, k, sizes_of("forward", q)),
+    )
+    return out_TNH, lse_TN
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_TNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor]:
-        q, k, v = (
-            _last_axis_dense(q_TNH),
-            _last_axis_dense(k_BSKH.flatten(0, 1)),
-            _last_axis_dense(v_BSKH.flatten(0, 1)),
-        )
-        out_TNH = q.new_empty(q.shape)
-        lse_TN = q.new_empty(q.shape[:2], dtype=torch.float32)
-        sizes = sizes_of("forward", q)
-        tiles = mask.tiles.queries[sizes.queries]
-        forward[(len(tiles) * q.shape[1],)](
-            *(q, k, v, out_TNH, lse_TN, tiles, mask.tiles.first_key_T, mask.tiles.last_key_T),
-            *(*_strides(q), *_strides(k), *_strides(v), *_strides(out_TNH)),
-            *(len(tiles), q.shape[1], mask.num_keys),
-            **_constants(q, k, sizes),
-        )
+        table = mask.tiles.queries[sizes_of("forward", q_TNH).queries]
+        intervals = (mask.tiles.first_key_T, mask.tiles.last_key_T)
+        out_TNH, lse_TN = outputs(q_TNH, k_BSKH.flatten(0, 1), v_BSKH.flatten(0, 1), table, *intervals, mask.num_keys)
         ctx.mask = mask
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q_TNH, k_BSKH, v_BSKH, out_TNH, lse_TN)

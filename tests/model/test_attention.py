@@ -120,10 +120,10 @@ def test_wide_heads_never_go_to_a_kernel_that_cannot_start() -> None:
     for name in VARIANT_NAMES:
         config = Gemma4Config.from_name(name)
         for kind, width in (("sliding", config.head_dim), ("full", config.global_head_dim)):
-            kernel = kernel_for("cuda", width).__name__
+            kernel = kernel_for("cuda", width, torch.bfloat16).__name__
             asks = flex_shared_memory(width, bfloat16)
             report("Kernels on a GPU", {"layers": f"{name} {kind}", "head": width, "kernel": kernel, "flex asks": asks})
-            assert kernel_for("cpu", width) is blocked
+            assert kernel_for("cpu", width, torch.bfloat16) is blocked
             assert kernel == "flex" if width <= LARGEST_FLEX_HEAD else kernel == "blocked"
             if kernel == "flex":
                 assert asks <= min(limits.values())
