@@ -94,7 +94,7 @@ def cap_and_sum_pieces(
     tl.store(sums + token * tl.num_programs(1) + piece, total)
     label = tl.load(labels + token) - first
     is_label = (column == label) & (column < width)
-    here = (label >= piece * COLUMNS) & (label < tl.minimum(width, (piece + 1) * COLUMNS))
+    here = (label >= piece * COLUMNS) & (label < (piece + 1) * COLUMNS)
     tl.store(labelled + token, tl.sum(tl.where(is_label, score, 0.0)), mask=here)
 
 
