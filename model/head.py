@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from model.errors import ConfigError
 from model.precision import accumulation_dtype, add_product_, product_
+from model.triton_choice import by_triton
 
 LARGEST_SOFTCAP = 70.0
 """Scores are at most this, so that exponentials and their sums are numbers in float32 without taking a maximum out."""
@@ -123,21 +124,37 @@ class ScoreTiles:
         sums, labelled = hidden.new_zeros((2, len(hidden)), dtype=self.dtype)
         for block, capped, scratch in self._blocks(len(hidden)):
             product_(capped, hidden, self.weight_VD[block].T, 1 / self.softcap)
-            capped.tanh_()
-            here, place = _here(labels, block)
-            labelled += capped.gather(1, place)[:, 0].mul_(here)
-            sums += torch.mul(capped, self.softcap, out=scratch).exp_().sum(dim=1)
-        return sums, labelled.mul_(self.softcap)
+            found = self._cap(capped, scratch, labels, block)
+            sums += found[0]
+            labelled += found[1]
+        return sums, labelled
 
     def add_gradients(self, rows: slice, of_all: Tensor, of_label: Tensor, gradients: LossGradients) -> None:
         """Add what the chunk made last gives: gradients of scores are exp(score) * of_all, at the label + of_label."""
         hidden, labels = self.hidden_TD[rows], self.labels_T[rows]
         for block, capped, scratch in self._blocks(len(hidden)):
-            grad = torch.mul(capped, self.softcap, out=scratch).exp_().mul_(of_all[:, None])
-            here, place = _here(labels, block)
-            grad.scatter_add_(1, place, (of_label * here)[:, None])
-            torch.ops.aten.tanh_backward.grad_input(grad, capped, grad_input=grad)
+            if by_triton(capped):
+                from model.kernels.cross_entropy import cap_gradient
+
+                grad = scratch.view(-1).view(self.weight_VD.dtype)[: capped.numel()].view(capped.shape)
+                cap_gradient(capped, labels, block.start, self.softcap, of_all, of_label, grad)
+            else:
+                grad = torch.mul(capped, self.softcap, out=scratch).exp_().mul_(of_all[:, None])
+                here, place = _here(labels, block)
+                grad.scatter_add_(1, place, (of_label * here)[:, None])
+                torch.ops.aten.tanh_backward.grad_input(grad, capped, grad_input=grad)
             gradients.add(rows, block, hidden, grad)
+
+    def _cap(self, capped: Tensor, scratch: Tensor, labels: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+        """Sums of exponentials, and scores of labels in the block; in place the scores become their tanh."""
+        if by_triton(capped):
+            from model.kernels.cross_entropy import cap_and_sum
+
+            return cap_and_sum(capped, labels, block.start, self.softcap)
+        capped.tanh_()
+        here, place = _here(labels, block)
+        labelled = capped.gather(1, place)[:, 0].mul_(here).mul_(self.softcap)
+        return torch.mul(capped, self.softcap, out=scratch).exp_().sum(dim=1), labelled
 
     def _blocks(self, tokens: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Each block with its part of the buffer, which is contiguous, and as much to work in."""

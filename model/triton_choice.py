@@ -33,6 +33,11 @@ def triton_for(*device_types: str) -> Iterator[None]:
         use_triton(*before)
 
 
+def triton_takes(device_type: str) -> bool:
+    """Whether Triton's kernels are chosen for devices of a type."""
+    return device_type in _DEVICES
+
+
 def by_triton(x: Tensor) -> bool:
     """Whether Triton's kernels take a tensor: in float64 none does."""
     return x.device.type in _DEVICES and x.dtype != torch.float64

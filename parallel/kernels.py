@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model import ConfigError, Gemma4Config
 from model.attention_kernels import blocked, triton
+from model.head import linear_cross_entropy
 from model.masks import attention_mask
 from model.mlp import gated_gelu
 from model.moe import run_routed
@@ -90,6 +91,12 @@ def kernel_differences(
     heads_TNH = drawn(TOKENS, 2, config.head_dim)
     yield "rotary embedding", by_switch(lambda x: norm_rotary(x, None, table, eps), heads_TNH)
     yield "gate", by_switch(gated_gelu, drawn(TOKENS, 96), drawn(TOKENS, 96))
+    labels = torch.arange(TOKENS, device=device) % 64
+    cap = config.final_logit_softcapping
+    yield (
+        "loss",
+        by_switch(lambda h, w: linear_cross_entropy(h, w, labels, softcap=cap).total[None], x_TD, drawn(64, width)),
+    )
     if config.enable_moe_block:
         indices = torch.stack([torch.randperm(4)[:2] for _ in range(TOKENS)]).to(device)
         weights = torch.linspace(0.1, 1, 2 * TOKENS, device=device).view(TOKENS, 2).requires_grad_()

@@ -16,6 +16,7 @@ from model import Gemma4
 from model.attention_kernels import kernel_for
 from model.moe import has_grouped_kernel
 from model.precision import accumulation_dtype
+from model.triton_choice import triton_takes
 from parallel.world import World
 from train.footprint import GB, capacity, footprint_of
 from train.metrics import duration
@@ -101,6 +102,7 @@ def kernels(run: Resolved, device: torch.device, dtype: torch.dtype, products: s
         f"({model.num_hidden_layers - sliding} full layers){around}",
         f"experts {experts}",
         f"loss linear cross entropy in tiles{split}",
+        f"norms, rotary embedding, gates {'of Triton' if triton_takes(device.type) else 'of torch'}",
         f"products {products}",
         f"activation checkpoint {run.config.activation_checkpoint.mode}",
         f"optimizer {run.config.optimizer.name}, state in {run.config.optimizer.state_dtype}",

@@ -58,6 +58,14 @@ def test_halves_of_a_packed_product_are_read_where_they_are() -> None:
     hold("kernels, gate of halves", relative_error(of_packed, of_expected), 1e-6)
 
 
+def test_rows_may_lie_apart_in_different_ways() -> None:
+    wide, up, grad = drawn(9, 300).float().requires_grad_(), drawn(9, 200).float(), drawn(9, 150).float()
+    out, expected = (f(wide[:, 16:116], up[:, 8:108]) for f in (fused_gated_gelu, plain))
+    of_wide, of_expected = (torch.autograd.grad(o, wide, grad[:, :100])[0] for o in (out, expected))
+    hold("kernels, gate of rows that lie apart", relative_error(out, expected), 1e-6)
+    hold("kernels, gate of rows that lie apart", relative_error(of_wide, of_expected), 1e-6)
+
+
 def test_no_rows() -> None:
     gate, up = (torch.empty(0, 2, 8, requires_grad=True) for _ in range(2))
     out = fused_gated_gelu(gate, up)
