@@ -27,7 +27,7 @@ lint: setup
 
 test-kernels: setup
 	$(BIN)/python -m pip install --quiet --constraint launch/constraints.txt --editable '.[kernels]'
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/model/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/model/kernels tests/parallel/test_kernels.py
 	$(BIN)/python -m pytest tests/model/kernels/test_budget.py
 
 test-gpu: setup
