@@ -241,10 +241,29 @@ def reference(case: Case) -> Run:
     return run
 
 
-def _reference(case: Case, dtype: torch.dtype) -> Run:
+def sensitivity(case: Case, name: str) -> float:
+    """How much a gradient of one process moves, relative to its norm, where the last bit of its weights does.
+
+    A gradient that is zero, such as that of a router which chooses one expert, is rounding and nothing else; and AdamW
+    makes a whole step of what is nearly zero.
+    """
+    key = replace(case.reference_key, dtype=torch.float64)
+    exact, moved = reference(key), [_reference(key, torch.float64, last_bits=seed) for seed in (1, 2)]
+    return max(
+        relative_error(found[name], truth[name])
+        for run in moved
+        for found, truth in zip(run.gradients, exact.gradients, strict=True)
+    )
+
+
+def _reference(case: Case, dtype: torch.dtype, last_bits: int = 0) -> Run:
     torch.manual_seed(0)
     model = Gemma4(case.config).to(dtype)
     initial_values(case.seed)(whole_slices(model))
+    if last_bits:
+        torch.manual_seed(last_bits)
+        for parameter in model.parameters():
+            parameter.data.mul_(1 + torch.finfo(dtype).eps * torch.randint(-1, 2, parameter.shape, dtype=dtype))
     optimizer = build_optimizer(model, case.optimizer_config)
     run = Run()
     for step in range(case.steps):
