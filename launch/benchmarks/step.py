@@ -10,6 +10,7 @@ gradients, counted from after loading. Rivals that are not installed are named a
 
 transformers   its model with SDPA and its own loss
 cut_ce         the same, its loss by cut-cross-entropy (compiled by torch)
+trl            TRL's trainer on that model: its fused head, and the metrics that it makes of each batch
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -40,7 +42,11 @@ from train.flops import training_flops
 Step = Callable[[], Tensor]
 """Forward and backward; the mean loss."""
 
-RIVALS = {"transformers": ("transformers",), "cut_ce": ("transformers", "cut_cross_entropy", "triton")}
+RIVALS = {
+    "transformers": ("transformers",),
+    "cut_ce": ("transformers", "cut_cross_entropy", "triton"),
+    "trl": ("transformers", "trl", "datasets"),
+}
 """Packages that each rival needs."""
 _BUSY = 0.8
 """Share of the best speed of the machine below which a round does not count."""
@@ -118,6 +124,48 @@ def cut_ce(config: Gemma4Config, tokens: Tensor, keep: Tensor) -> tuple[torch.nn
     return model, step
 
 
+def trl(config: Gemma4Config, tokens: Tensor, keep: Tensor) -> tuple[torch.nn.Module, Step]:
+    """The step of TRL's trainer for supervised fine-tuning, with its own fused head and the metrics that it makes."""
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    labels = tokens.masked_fill(~keep.roll(1, 1), -100)
+    vocabulary = {"<pad>": 0, "<eos>": 1}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "<pad>")), pad_token="<pad>", eos_token="<eos>"
+    )
+    folder = tempfile.TemporaryDirectory(prefix="gemwright-trl-")
+    trainer = SFTTrainer(
+        model=reference(config),
+        args=SFTConfig(
+            output_dir=folder.name,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+        train_dataset=Dataset(
+            InMemoryTable.from_pydict({"input_ids": tokens.tolist(), "labels": labels.tolist()}), fingerprint="one"
+        ),
+        processing_class=tokenizer,
+    )
+    model: Any = trainer.model.train()
+    mask = torch.ones_like(tokens)
+
+    def step() -> Tensor:
+        assert Path(folder.name).is_dir()  # for as long as the step is
+        loss = trainer.compute_loss(model, {"input_ids": tokens, "labels": labels, "attention_mask": mask})
+        trainer.accelerator.backward(loss)
+        return loss.detach()
+
+    return model, step
+
+
 def matrix_speed() -> float:
     """Operations a second of a product of matrices, now."""
     a, b, out = torch.randn(1536, 1536), torch.randn(1536, 1536), torch.empty(1536, 1536)
@@ -132,7 +180,7 @@ def _serve(name: str, config: Gemma4Config, length: int, share: float, pipe: Any
     """A library's process: a step for every word from the pipe. Ours has the settings that a run makes."""
     if name == "ours":
         prepare_allocators()
-    model, step = {"ours": ours, "transformers": transformers, "cut_ce": cut_ce}[name](
+    model, step = {"ours": ours, "transformers": transformers, "cut_ce": cut_ce, "trl": trl}[name](
         config, *batch(config, length, share)
     )
     step()  # compiles, and brings files and libraries in
