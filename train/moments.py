@@ -72,7 +72,7 @@ class Moment:
 
     def read(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Some rows [R, W] of this rank's part, all leading axes flattened."""
-        narrow, *scale = (_rows(tensor)[rows] for tensor in self._narrow)
+        narrow, *scale = (as_rows(tensor)[rows] for tensor in self._narrow)
         if not scale:
             return narrow.to(dtype)
         codes = narrow.int()
@@ -89,7 +89,7 @@ class Moment:
 
         One that lies a share s of a last place above the code below it is rounded up where s + turn >= 1.
         """
-        narrow, *scale = (_rows(tensor)[rows] for tensor in self._narrow)
+        narrow, *scale = (as_rows(tensor)[rows] for tensor in self._narrow)
         wide = values.float()
         if not scale:
             bits = wide.view(torch.int32) + (turn * (1 << 16)).int()
@@ -105,7 +105,7 @@ class Moment:
 
 def chunks(parameter: Tensor) -> Iterator[slice]:
     """Rows of this rank's part of a parameter, some at a time."""
-    rows, width = _rows(local_part(parameter)).shape
+    rows, width = as_rows(local_part(parameter)).shape
     step = max(1, _CHUNK // max(1, width))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
@@ -123,7 +123,8 @@ def turns(parameter: Tensor, rows: slice, step: Tensor) -> Tensor:
     return (lead[:, None].float() + along[0].frac_().float()).frac_()
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def as_rows(tensor: Tensor) -> Tensor:
+    """This rank's part as rows [R, W], all leading axes flattened; a view, by which it can be changed."""
     return tensor.detach().view(-1, tensor.shape[-1])
 
 

@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 
 from parallel.dtensors import local_part
 from train.config import OptimizerConfig
-from train.moments import Moment, chunks, is_narrowed, turns
+from train.moments import Moment, as_rows, chunks, is_narrowed, turns
 from train.muon import Muon, is_orthogonalised
 
 _TABLES = ("embed_tokens", "position_embedding_table", "pos_embedding")
@@ -81,7 +81,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _narrow_adamw(self, group: dict[str, Any], parameter: nn.Parameter) -> None:
         """AdamW of some rows after the other, whose moments are wide for that long."""
         assert parameter.grad is not None
-        weight, grad = (local_part(t).detach().flatten(0, -2) for t in (parameter, parameter.grad))
+        weight, grad = (as_rows(local_part(t)) for t in (parameter, parameter.grad))
         before, moments = self.state[parameter]["step"].clone(), self.narrow[parameter]
         self.state[parameter]["step"] += 1
         for rows in chunks(parameter):
@@ -99,7 +99,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             momentum = local_part(state["momentum"]).lerp_(grad, 1 - decay)
             grad.lerp_(momentum, decay)
             return
-        (moment,), grad = self.narrow[parameter], grad.flatten(0, -2)
+        (moment,), grad = self.narrow[parameter], as_rows(grad)
         state["step"] += 1
         for rows in chunks(parameter):
             momentum = moment.read(rows, grad.dtype).lerp_(grad[rows], 1 - decay)

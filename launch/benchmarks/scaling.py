@@ -5,6 +5,7 @@ python -m launch.benchmarks.scaling length layers json=scaling.json
 
 length    512 to 16,384 positions, through a sliding and through a full layer
 layers    6 to 48 layers, recomputed
+recompute 24 layers, nothing, selected operations, every n-th layer or all of them recomputed
 experts   8 to 128 experts, 8 of them active
 context   65,536 positions over 4 and over 8 ranks of context parallel, the loss of both
 released  262,144 positions of every released variant, counted only
@@ -88,7 +89,14 @@ def length() -> Iterator[Row]:
 def layers() -> Iterator[Row]:
     """Ever more layers, of which the backward keeps only the inputs."""
     for count in (6, 12, 24, 48):
-        yield {"layers": str(count), **told(measured(decoder(num_hidden_layers=count), 1024, recomputed=True))}
+        yield {"layers": str(count), **told(measured(decoder(num_hidden_layers=count), 1024, "full"))}
+
+
+def recompute() -> Iterator[Row]:
+    """What recomputation saves and costs, in 24 layers."""
+    for mode, every in (("none", 1), ("full", 4), ("full", 2), ("selective", 1), ("full", 1)):
+        found = measured(decoder(num_hidden_layers=24), 1024, mode, every)
+        yield {"recomputed": mode if every == 1 else f"{mode}, every {every}", **told(found)}
 
 
 def experts() -> Iterator[Row]:
@@ -106,9 +114,9 @@ def told(found: dict[str, float]) -> Row:
     return {name: f"{value:.2f}" if value < 10 else f"{value:.0f}" for name, value in found.items()}
 
 
-def measured(config: Gemma4Config, positions: int, *, recomputed: bool = False) -> dict[str, float]:
+def measured(config: Gemma4Config, positions: int, recomputed: str = "none", every: int = 1) -> dict[str, float]:
     """Operations, seconds and bytes of a step over one sequence."""
-    plans = PlanConfig(activation_checkpoint=ActivationCheckpointConfig(mode="full" if recomputed else "none"))
+    plans = PlanConfig(activation_checkpoint=ActivationCheckpointConfig(recomputed, every))
     mesh = build_mesh(CPU, Layout())
     engine = Engine(build_parallel_model(config, mesh, CPU, random_fill(0, 0.02, 0), plans), CrossEntropy(), CPU)
     batch = one_sequence(config, positions)
@@ -216,7 +224,7 @@ def released() -> Iterator[Row]:
 
 
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
-    part.__name__: part for part in (length, layers, experts, context, released)
+    part.__name__: part for part in (length, layers, recompute, experts, context, released)
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,10 +54,31 @@ SHAPES: dict[str, Gemma4Config] = {
 active."""
 
 
-def batch(config: Gemma4Config, length: int, share: float) -> tuple[Tensor, Tensor]:
-    """Tokens [1, S], and which positions [1, S] have a supervised next token: the last `share` of them."""
+class Batch(NamedTuple):
+    """One row [1, S]: tokens, whether the next token is supervised, and positions in the document."""
+
+    tokens: Tensor
+    keep: Tensor
+    positions: Tensor
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether there is more than one document."""
+        return int((self.positions == 0).sum()) > 1
+
+    @property
+    def documents(self) -> Tensor:
+        """The document [1, S] of each token."""
+        return (self.positions == 0).cumsum(dim=1)
+
+
+def batch(config: Gemma4Config, length: int, share: float, documents: int = 1) -> Batch:
+    """Documents end to end, of one length but for the last; the last `share` of the tokens of each is supervised."""
     generator = torch.Generator().manual_seed(length)
     tokens = torch.randint(3, config.vocab_size, (1, length), generator=generator)
     keep = torch.zeros(1, length, dtype=torch.bool)
-    keep[:, length - 1 - round(share * (length - 1)) : -1] = True
-    return tokens, keep
+    size = -(-length // documents)
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        keep[:, end - 1 - round(share * (end - start - 1)) : end - 1] = True
+    return Batch(tokens, keep, torch.arange(length)[None] % size)

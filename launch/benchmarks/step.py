@@ -2,6 +2,7 @@
 
 python -m launch.benchmarks.step                         # every shape, all positions supervised and a fifth of them
 python -m launch.benchmarks.step shapes=e_like lengths=1024 shares=1 shares=0.2 json=step.json
+python -m launch.benchmarks.step lengths=2560 documents=8     # eight documents packed into a row
 
 A step is forward, loss and backward, from gradients that are not there to gradients that are; float32. Each library
 runs in a process of its own. Times are medians; a round in which the machine's own speed, a product of matrices
@@ -15,6 +16,7 @@ trl            TRL's trainer on that model: its fused head, and the metrics that
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import statistics
@@ -30,7 +32,7 @@ import torch
 from torch import Tensor
 
 from launch.arguments import run
-from launch.benchmarks.shapes import SHAPES, batch
+from launch.benchmarks.shapes import SHAPES, Batch, batch
 from model import Gemma4, Gemma4Config, UserError
 from model.hf.config import config_to_hf
 from model.hf.weights import disk_key
@@ -60,13 +62,15 @@ def drawn_model(config: Gemma4Config) -> Gemma4:
     return model
 
 
-def ours(config: Gemma4Config, tokens: Tensor, keep: Tensor) -> tuple[torch.nn.Module, Step]:
+def ours(config: Gemma4Config, given: Batch) -> tuple[torch.nn.Module, Step]:
     """This project's step, which skips what nothing supervised depends on."""
     model = drawn_model(config)
+    tokens, keep, positions = given
     labels = tokens.roll(-1, 1)[keep]
 
     def step() -> Tensor:
-        loss = model.head(model(tokens, supervised=keep), model.head_weight, labels).total / len(labels)
+        hidden = model(tokens, positions, given.documents, supervised=keep)
+        loss = model.head(hidden, model.head_weight, labels).total / len(labels)
         loss.backward()
         return loss
 
@@ -88,28 +92,38 @@ def reference(config: Gemma4Config) -> torch.nn.Module:
     return model.train()
 
 
-def transformers(config: Gemma4Config, tokens: Tensor, keep: Tensor) -> tuple[torch.nn.Module, Step]:
+def shifted_labels(given: Batch) -> Tensor:
+    """Labels as `transformers` takes them, -100 where nothing is learned."""
+    return given.tokens.masked_fill(~given.keep.roll(1, 1), -100)
+
+
+def inputs_of(given: Batch) -> dict[str, Tensor]:
+    """Tokens as `transformers` takes them; from positions that start anew it knows packed documents."""
+    return {"input_ids": given.tokens} | ({"position_ids": given.positions} if given.is_packed else {})
+
+
+def transformers(config: Gemma4Config, given: Batch) -> tuple[torch.nn.Module, Step]:
     """The step of `transformers`, with the labels that its own trainer would give."""
     model = reference(config)
-    labels = tokens.masked_fill(~keep.roll(1, 1), -100)  # it shifts them by itself
+    labels = shifted_labels(given)  # it shifts them by itself
 
     def step() -> Tensor:
-        loss = model(input_ids=tokens, labels=labels, use_cache=False).loss
+        loss = model(**inputs_of(given), labels=labels, use_cache=False).loss
         loss.backward()
         return loss.detach()
 
     return model, step
 
 
-def cut_ce(config: Gemma4Config, tokens: Tensor, keep: Tensor) -> tuple[torch.nn.Module, Step]:
+def cut_ce(config: Gemma4Config, given: Batch) -> tuple[torch.nn.Module, Step]:
     """The step of `transformers` with the loss of cut-cross-entropy, which never holds all scores."""
     from cut_cross_entropy import linear_cross_entropy
 
     model: Any = reference(config)
-    labels = tokens.masked_fill(~keep.roll(1, 1), -100)
+    labels = shifted_labels(given)
 
     def step() -> Tensor:
-        hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden = model.model(**inputs_of(given), use_cache=False).last_hidden_state
         loss = linear_cross_entropy(
             hidden,
             model.lm_head.weight,
@@ -124,7 +138,7 @@ def cut_ce(config: Gemma4Config, tokens: Tensor, keep: Tensor) -> tuple[torch.nn
     return model, step
 
 
-def trl(config: Gemma4Config, tokens: Tensor, keep: Tensor) -> tuple[torch.nn.Module, Step]:
+def trl(config: Gemma4Config, given: Batch) -> tuple[torch.nn.Module, Step]:
     """The step of TRL's trainer for supervised fine-tuning, with its own fused head and the metrics that it makes."""
     from datasets import Dataset
     from datasets.table import InMemoryTable
@@ -132,7 +146,7 @@ def trl(config: Gemma4Config, tokens: Tensor, keep: Tensor) -> tuple[torch.nn.Mo
     from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
 
-    labels = tokens.masked_fill(~keep.roll(1, 1), -100)
+    labels = shifted_labels(given)
     vocabulary = {"<pad>": 0, "<eos>": 1}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "<pad>")), pad_token="<pad>", eos_token="<eos>"
@@ -150,16 +164,19 @@ def trl(config: Gemma4Config, tokens: Tensor, keep: Tensor) -> tuple[torch.nn.Mo
             dataset_kwargs={"skip_prepare_dataset": True},
         ),
         train_dataset=Dataset(
-            InMemoryTable.from_pydict({"input_ids": tokens.tolist(), "labels": labels.tolist()}), fingerprint="one"
+            InMemoryTable.from_pydict({"input_ids": given.tokens.tolist(), "labels": labels.tolist()}),
+            fingerprint="one",
         ),
         processing_class=tokenizer,
     )
     model: Any = trainer.model.train()
-    mask = torch.ones_like(tokens)
+    inputs = inputs_of(given) | {"labels": labels}
+    if not given.is_packed:
+        inputs["attention_mask"] = torch.ones_like(labels)
 
     def step() -> Tensor:
         assert Path(folder.name).is_dir()  # for as long as the step is
-        loss = trainer.compute_loss(model, {"input_ids": tokens, "labels": labels, "attention_mask": mask})
+        loss = trainer.compute_loss(model, dict(inputs))
         trainer.accelerator.backward(loss)
         return loss.detach()
 
@@ -176,13 +193,12 @@ def matrix_speed() -> float:
     return 4 * 2 * 1536**3 / (time.perf_counter() - start)
 
 
-def _serve(name: str, config: Gemma4Config, length: int, share: float, pipe: Any) -> None:
+def _serve(name: str, config: Gemma4Config, given: Batch, pipe: Any) -> None:
     """A library's process: a step for every word from the pipe. Ours has the settings that a run makes."""
     if name == "ours":
         prepare_allocators()
-    model, step = {"ours": ours, "transformers": transformers, "cut_ce": cut_ce, "trl": trl}[name](
-        config, *batch(config, length, share)
-    )
+    builders = {"ours": ours, "transformers": transformers, "cut_ce": cut_ce, "trl": trl}
+    model, step = builders[name](config, given)
     step()  # compiles, and brings files and libraries in
     model.zero_grad()
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -230,13 +246,13 @@ class Measured:
         return max(found[3] for found in self.rounds)
 
 
-def measure(names: tuple[str, ...], config: Gemma4Config, length: int, share: float, rounds: int) -> list[Measured]:
+def measure(names: tuple[str, ...], config: Gemma4Config, given: Batch, rounds: int) -> list[Measured]:
     """Steps of several libraries by turns, each in its own process, which all live until the end."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for name in names:
         pipe, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(name, config, length, share, theirs), daemon=True)
+        process = context.Process(target=_serve, args=(name, config, given, theirs), daemon=True)
         process.start()
         theirs.close()
         pipes.append(pipe)
@@ -276,6 +292,8 @@ class Options:
     shapes: list[str] = field(default_factory=lambda: list(SHAPES), metadata={"choices": tuple(SHAPES)})
     lengths: list[int] = field(default_factory=lambda: [1024])
     shares: list[float] = field(default_factory=lambda: [1.0, 0.2])
+    documents: list[int] = field(default_factory=lambda: [1])
+    """How many are packed into a row."""
     rivals: list[str] = field(default_factory=lambda: list(RIVALS), metadata={"choices": tuple(RIVALS)})
     rounds: int = 3
     json: str | None = None
@@ -292,27 +310,27 @@ def benchmark(options: Options) -> None:
         f"float32, {torch.get_num_threads()} threads, medians of {options.rounds}; memory above weights and gradients"
     )
     print(
-        f"{'shape':>7} {'S':>5} {'superv.':>7} {'rival':>12} {'its s':>6} {'our s':>6} {'tokens/s':>8} {'its GiB':>7} "
-        f"{'our GiB':>7} {'memory':>6} {'of peak':>7} {'loss differs':>12}"
+        f"{'shape':>7} {'S':>5} {'docs':>4} {'superv.':>7} {'rival':>12} {'its s':>6} {'our s':>6} {'tokens/s':>8} "
+        f"{'its GiB':>7} {'our GiB':>7} {'memory':>6} {'of peak':>7} {'loss differs':>12}"
     )
     for shape in options.shapes:
         config = SHAPES[shape]
         for length in options.lengths:
-            for share in options.shares:
-                for rival in rivals:
-                    line = _line(shape, config, length, share, rival, options.rounds)
-                    lines.append(line)
+            for documents, share, rival in itertools.product(options.documents, options.shares, rivals):
+                lines.append(_line(shape, batch(config, length, share, documents), share, rival, options.rounds))
     if options.json:
         Path(options.json).write_text(json.dumps(lines, indent=1))
 
 
-def _line(shape: str, config: Gemma4Config, length: int, share: float, rival: str, rounds: int) -> dict[str, Any]:
-    us, them = measure(("ours", rival), config, length, share, rounds)
-    tokens, keep = batch(config, length, share)
-    flops = training_flops(config, make_inputs(config, tokens, supervised=keep))
+def _line(shape: str, given: Batch, share: float, rival: str, rounds: int) -> dict[str, Any]:
+    config, length, documents = SHAPES[shape], given.tokens.shape[1], int(given.documents.max())
+    us, them = measure(("ours", rival), config, given, rounds)
+    inputs = make_inputs(config, given.tokens, given.positions, given.documents, given.keep)
+    flops = training_flops(config, inputs)
     line = {
         "shape": shape,
         "length": length,
+        "documents": documents,
         "supervised": share,
         "rival": rival,
         "their_seconds": them.seconds,
@@ -326,7 +344,7 @@ def _line(shape: str, config: Gemma4Config, length: int, share: float, rival: st
         "matrix_flops_per_second": us.speed,
     }
     print(
-        f"{shape:>7} {length:>5} {share:>7.0%} {rival:>12} {them.seconds:>6.2f} {us.seconds:>6.2f} "
+        f"{shape:>7} {length:>5} {documents:>4} {share:>7.0%} {rival:>12} {them.seconds:>6.2f} {us.seconds:>6.2f} "
         f"{line['tokens_per_second']:>7.2f}x {them.peak / 2**30:>7.2f} {us.peak / 2**30:>7.2f} {line['memory']:>5.2f}x "
         f"{line['share_of_matrix_peak']:>7.0%} {line['loss_difference']:>12.1e}",
         flush=True,

@@ -91,12 +91,8 @@ class _Attention(torch.autograd.Function):
             dot_TN -= grad_lse_TN
         # A query that sees nothing: no share of it is made, so any number will do.
         lse_TN = lse_TN.masked_fill(lse_TN == float("-inf"), 0.0)
-        q, k, v = (
-            _last_axis_dense(q_TNH),
-            _last_axis_dense(k_BSKH.flatten(0, 1)),
-            _last_axis_dense(v_BSKH.flatten(0, 1)),
-        )
-        grad, mask = _last_axis_dense(grad_TNH), ctx.mask
+        flat = (q_TNH, k_BSKH.flatten(0, 1), v_BSKH.flatten(0, 1), grad_TNH)
+        (q, k, v, grad), mask = map(_last_axis_dense, flat), ctx.mask
         of_q, of_k, of_v = q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
         intervals = (mask.tiles.first_key_T, mask.tiles.last_key_T)
         strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(grad))
