@@ -202,18 +202,26 @@ def _serve(name: str, config: Gemma4Config, given: Batch, pipe: Any) -> None:
     step()  # compiles, and brings files and libraries in
     model.zero_grad()
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    before = _status("VmRSS")
+    before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    while pipe.recv():
+    while asked(pipe):
         speed = matrix_speed()
         start = time.perf_counter()
         loss = step().item()
         seconds = time.perf_counter() - start
         model.zero_grad()
-        pipe.send((seconds, loss, _status("VmHWM") - before - gradients, max(speed, matrix_speed())))
+        pipe.send((seconds, loss, status("VmHWM") - before - gradients, max(speed, matrix_speed())))
 
 
-def _status(name: str) -> int:
+def asked(pipe: Any) -> bool:
+    """Whether one more step is asked for; not if who asks is gone."""
+    try:
+        return bool(pipe.recv())
+    except EOFError:
+        return False
+
+
+def status(name: str) -> int:
     """A size in /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(name))) * 1024
@@ -246,13 +254,20 @@ class Measured:
         return max(found[3] for found in self.rounds)
 
 
-def measure(names: tuple[str, ...], config: Gemma4Config, given: Batch, rounds: int) -> list[Measured]:
+def measure(
+    names: tuple[str, ...],
+    config: Gemma4Config,
+    given: Batch,
+    rounds: int,
+    serve: Callable[[str, Gemma4Config, Batch, Any], None] = _serve,
+) -> list[Measured]:
     """Steps of several libraries by turns, each in its own process, which all live until the end."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for name in names:
         pipe, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(name, config, given, theirs), daemon=True)
+        # No daemon: it may have processes of its own.
+        process = context.Process(target=serve, args=(name, config, given, theirs))
         process.start()
         theirs.close()
         pipes.append(pipe)
@@ -261,9 +276,11 @@ def measure(names: tuple[str, ...], config: Gemma4Config, given: Batch, rounds: 
     try:
         for attempt in range(rounds * _TRIES):
             turn = []
-            for pipe in pipes:
+            for name, pipe in zip(names, pipes, strict=True):
                 pipe.send(True)
                 turn.append(pipe.recv())
+                if isinstance(turn[-1], str):
+                    raise UserError(f"{name} does not run: {turn[-1]}")
             best = max([speed for *_, speed in turn] + [measured.speed for measured in found if measured.rounds])
             if min(speed for *_, speed in turn) < _BUSY * best and attempt < rounds * _TRIES - 1:
                 print(
@@ -279,6 +296,8 @@ def measure(names: tuple[str, ...], config: Gemma4Config, given: Batch, rounds: 
     except (EOFError, BrokenPipeError):
         raise UserError("a measuring process ended early, as it said above; likely out of memory.") from None
     finally:
+        for pipe in pipes:
+            pipe.close()
         for process in processes:
             process.join(5)
             process.kill()

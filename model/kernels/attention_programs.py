@@ -79,13 +79,13 @@ def forward(  # type: ignore[no-untyped-def]
         key = at + tl.arange(0, KEYS)
         real = key < key_end
         k_tile = rows_of(k_base, key, k_token, real, WIDTH, COLUMNS)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * LOG2_E
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         new_most = tl.maximum(most, tl.max(scores, 1))
         shift = tl.where(new_most == float("-inf"), 0.0, new_most)
-        shares = tl.exp2(scores - shift[:, None])
-        shrink = tl.exp2(most - shift)
+        shares = tl.exp2((scores - shift[:, None]) * LOG2_E)  # large scores differ exactly, before anything is rounded
+        shrink = tl.exp2((most - shift) * LOG2_E)
         v_tile = rows_of(v_base, key, v_token, real, WIDTH, COLUMNS)
         sums = sums * shrink[:, None]
         sums = tl.dot(shares.to(v_tile.dtype), v_tile, sums, input_precision="ieee")
@@ -94,7 +94,7 @@ def forward(  # type: ignore[no-untyped-def]
     empty = total == 0.0
     sums = sums / tl.where(empty, 1.0, total)[:, None]
     put_rows(out + start * out_token + head * out_head, row, out_token, inside, sums, WIDTH, COLUMNS)
-    found = tl.where(empty, float("-inf"), (most + tl.log2(tl.where(empty, 1.0, total))) * LN_2)
+    found = tl.where(empty, float("-inf"), most + tl.log2(tl.where(empty, 1.0, total)) * LN_2)
     tl.store(lse + (start + row) * num_heads + head, found, mask=inside)
 
 
@@ -140,7 +140,7 @@ def backward_queries(  # type: ignore[no-untyped-def]
     last = tl.load(last_key + start + row, mask=inside, other=-1)
     q_tile = rows_of(q + start * q_token + head * q_head, row, q_token, inside, WIDTH, COLUMNS)
     grad_tile = rows_of(grad + start * grad_token + head * grad_head, row, grad_token, inside, WIDTH, COLUMNS)
-    log_sum = tl.load(lse + (start + row) * num_heads + head, mask=inside, other=0.0) * LOG2_E
+    log_sum = tl.load(lse + (start + row) * num_heads + head, mask=inside, other=0.0)
     off = tl.load(dot + (start + row) * num_heads + head, mask=inside, other=0.0)
     k_base = k + sequence * num_keys * k_token + (head // GROUP) * k_head
     v_base = v + sequence * num_keys * v_token + (head // GROUP) * v_head
@@ -149,9 +149,9 @@ def backward_queries(  # type: ignore[no-untyped-def]
         key = at + tl.arange(0, KEYS)
         real = key < key_end
         k_tile = rows_of(k_base, key, k_token, real, WIDTH, COLUMNS)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * LOG2_E
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
-        shares = tl.where(seen, tl.exp2(scores - log_sum[:, None]), 0.0)
+        shares = tl.where(seen, tl.exp2((scores - log_sum[:, None]) * LOG2_E), 0.0)
         v_tile = rows_of(v_base, key, v_token, real, WIDTH, COLUMNS)
         of_shares = tl.dot(grad_tile, tl.trans(v_tile), input_precision="ieee")
         of_scores = shares * (of_shares - off[:, None])
@@ -219,10 +219,10 @@ def backward_keys(  # type: ignore[no-untyped-def]
             first = tl.load(first_key + at + row, mask=inside, other=num_keys)
             last = tl.load(last_key + at + row, mask=inside, other=-1)
             q_tile = rows_of(q + at * q_token + head * q_head, row, q_token, inside, WIDTH, COLUMNS)
-            log_sum = tl.load(lse + at * num_heads + head + row * num_heads, mask=inside, other=0.0) * LOG2_E
-            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * LOG2_E
+            log_sum = tl.load(lse + at * num_heads + head + row * num_heads, mask=inside, other=0.0)
+            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
             seen = (key[:, None] >= first[None, :]) & (key[:, None] <= last[None, :])
-            shares = tl.where(seen, tl.exp2(scores - log_sum[None, :]), 0.0)
+            shares = tl.where(seen, tl.exp2((scores - log_sum[None, :]) * LOG2_E), 0.0)
             grad_tile = rows_of(grad + at * grad_token + head * grad_head, row, grad_token, inside, WIDTH, COLUMNS)
             if of_v is not None:
                 v_sums = tl.dot(shares.to(grad_tile.dtype), grad_tile, v_sums, input_precision="ieee")
