@@ -113,11 +113,13 @@ class DecoderLayer(nn.Module):
         return x_TD * self.layer_scalar.to(x_TD.dtype), key_value if self.spec.kv_is_shared else None
 
     def _feed_forward(self, x_TD: Tensor) -> Tensor:
-        dense = self.mlp(self.pre_feedforward_layernorm(x_TD))
+        def dense_branch() -> Tensor:
+            return self.mlp(self.pre_feedforward_layernorm(x_TD))
+
         if not self.has_experts:
-            return dense
+            return dense_branch()
         weights, indices = self.router(x_TD)
-        routed = self.experts(self.pre_feedforward_layernorm_2(x_TD), weights, indices)
+        routed, dense = self.experts(self.pre_feedforward_layernorm_2(x_TD), weights, indices, dense_branch)
         return self.post_feedforward_layernorm_1(dense) + self.post_feedforward_layernorm_2(routed)
 
 

@@ -114,9 +114,15 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, D, F_))
         self.grouped_mm = grouped_mm
 
-    def forward(self, x_TD: Tensor, weights_Tk: Tensor, indices_Tk: Tensor) -> Tensor:
-        """The weighted sum [T, D] of what the chosen experts make of each token."""
-        return run_routed(x_TD, weights_Tk, indices_Tk, self.gate_up_proj, self.down_proj, self.grouped_mm)
+    def forward(
+        self, x_TD: Tensor, weights_Tk: Tensor, indices_Tk: Tensor, meanwhile: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted sum [T, D] of what the chosen experts make of each token, and what `meanwhile` makes.
+
+        A plan that sends tokens to experts elsewhere calls it while they travel.
+        """
+        other = meanwhile()
+        return run_routed(x_TD, weights_Tk, indices_Tk, self.gate_up_proj, self.down_proj, self.grouped_mm), other
 
 
 def run_routed(

@@ -8,7 +8,7 @@ Letter of this file: R ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -50,6 +50,66 @@ def exchange_rows(x: Tensor, sends: list[int], receives: list[int], group: dist.
     """`sends[r]` rows of x to each rank r in turn, and `receives[r]` rows from each, end to end; backward: back."""
     there = partial(all_to_all_rows, sends=sends, receives=receives, group=group)
     return _Collective.apply(x, there, partial(all_to_all_rows, sends=receives, receives=sends, group=group))
+
+
+def start_exchange(
+    tensors: Sequence[Tensor], sends: list[int], receives: list[int], group: dist.ProcessGroup
+) -> Callable[[], list[Tensor]]:
+    """Rows under way as in `exchange_rows`, of several tensors; what it returns waits for them.
+
+    The backward travels while that of whatever was computed in between runs.
+    """
+    travels = [_Travel(sends, receives, group) for _ in tensors]
+    coming = [_Begin.apply(x, travel) for x, travel in zip(tensors, travels, strict=True)]
+    return lambda: [_Finish.apply(x, travel) for x, travel in zip(coming, travels, strict=True)]
+
+
+class _Travel:
+    """One tensor's way to other ranks, and its gradient's way back."""
+
+    def __init__(self, sends: list[int], receives: list[int], group: dist.ProcessGroup) -> None:
+        self.sends, self.receives, self.group = sends, receives, group
+        self.under_way: tuple[Tensor, Tensor, dist.Work] | None = None
+
+    def begin(self, x: Tensor, *, back: bool = False) -> Tensor:
+        """Start; what is returned is filled once `finish` has returned it too."""
+        sends, receives = (self.receives, self.sends) if back else (self.sends, self.receives)
+        sent, out = x.contiguous(), x.new_empty(sum(receives), *x.shape[1:])
+        work = dist.all_to_all_single(out, sent, receives, sends, group=self.group, async_op=True)
+        assert work is not None
+        self.under_way = sent, out, work  # what is sent lives until it has arrived
+        return out
+
+    def finish(self) -> Tensor:
+        """What has arrived, once it has."""
+        assert self.under_way is not None
+        (_, out, work), self.under_way = self.under_way, None
+        work.wait()
+        return out
+
+
+class _Begin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, travel: _Travel) -> Tensor:
+        ctx.travel = travel
+        return travel.begin(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.travel.finish(), None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, travel: _Travel) -> Tensor:
+        ctx.travel = travel
+        travel.finish()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.travel.begin(grad, back=True)
+        return grad, None  # of the right shape, and read by nobody
 
 
 def exchange_counts(sends_R: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from model import Gemma4, Gemma4Config
 from model.moe import Experts, Router
+from parallel import collectives
 from parallel.dtensors import local_part
 from parallel.expert import ParallelExperts
 from parallel.layout import Layout
@@ -49,8 +52,12 @@ def tokens_of(rank: int, routing: str, count: int) -> tuple[Tensor, Tensor, Tens
     return x_TD.requires_grad_(), weights.requires_grad_(), indices
 
 
+def nothing() -> Tensor:
+    return torch.zeros(0)
+
+
 def run(experts: nn.Module, x_TD: Tensor, weights: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    out_TD = experts(x_TD, weights, indices)
+    out_TD, _ = experts(x_TD, weights, indices, nothing)
     (out_TD * torch.linspace(-1, 1, WIDTH)).sum().backward()
     assert x_TD.grad is not None and weights.grad is not None
     return out_TD.detach(), x_TD.grad, weights.grad
@@ -107,6 +114,53 @@ def test_ranks_that_hold_the_same_tokens_share_them() -> None:
     for found in run_ranks(2, on_rank):
         for one, wanted in zip(found, expected, strict=True):
             torch.testing.assert_close(one, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_dense_branch_runs_while_tokens_travel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was issued in which order, forward and backward, on each rank."""
+    order: list[str] = []
+
+    class Noted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            order.append("dense")
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            order.append("dense")
+            return grad * 2
+
+    def noted(name: str) -> None:
+        method = getattr(collectives._Travel, name)
+
+        def call(travel: collectives._Travel, *args: Any, **kwargs: Any) -> Any:
+            order.append(name)
+            return method(travel, *args, **kwargs)
+
+        monkeypatch.setattr(collectives._Travel, name, call)
+
+    noted("begin")
+    noted("finish")
+
+    def on_rank(world: World) -> tuple[list[str], Tensor]:
+        with torch.device("meta"):
+            meta = Experts(CONFIG)
+        experts = ParallelExperts(meta, build_mesh(CPU, Layout(dp_shard=2, ep=2)).ep)
+        experts.to_empty(device="cpu")
+        for parameter in experts.parameters():
+            nn.init.ones_(local_part(parameter))
+        x_TD, weights, indices = tokens_of(world.rank, "router", 6)
+        routed, dense = experts(x_TD, weights, indices, lambda: Noted.apply(x_TD))
+        there = order.copy()
+        order.clear()
+        (routed.sum() + dense.sum()).backward()
+        return [*there, "|", *order], dense.detach() - 2 * x_TD.detach()
+
+    for found, difference in run_ranks(2, on_rank):
+        # tokens, weights and indices there; gradients of the first two back
+        assert found == [*["begin"] * 3, "dense", *["finish"] * 3, "|", *["begin"] * 2, "dense", *["finish"] * 2]
+        assert not difference.any()
 
 
 def test_router_losses_are_means_over_all_ranks() -> None:
