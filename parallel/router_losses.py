@@ -36,9 +36,10 @@ class RouterBalance:
         """Choices of each expert; then, summed over calls, both losses and the number of calls."""
 
     def __call__(self, scores_TE: Tensor, indices_Tk: Tensor) -> None:
-        """Count the choices, and add the gradients of the losses to that of the scores."""
-        wanted = self.losses.balance_loss or self.losses.router_z_loss
-        wants_losses = wanted and torch.is_grad_enabled() and scores_TE.requires_grad
+        """Count the choices, and add the gradients of the losses to that of the scores; in training only."""
+        if not torch.is_grad_enabled():
+            return
+        wants_losses = (self.losses.balance_loss or self.losses.router_z_loss) and scores_TE.requires_grad
         with torch.no_grad():
             # Unlike a bincount, this does not make the host wait for a GPU.
             chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, indices_Tk, True)

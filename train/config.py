@@ -62,6 +62,10 @@ class TrainConfig:
     """Steps between lines of the log, which are the points of the metrics."""
     profile: bool = False
     """Record the third step after the start: traces and a table in the run's folder profile/."""
+    validate_every: int = at_least(50, 0)
+    """Steps between measurements of the loss on what data.held_out and data.validation keep from training; 0: none."""
+    validate_sequences: int = at_least(64, 1)
+    """Most sequences of each source on which it is measured."""
     sample_every: int = at_least(50, 0)
     """Steps between generated samples; 0 for none."""
     sample_prompts: list[str] | None = None
@@ -88,6 +92,10 @@ class DataConfig:
     """python_stdlib | a file, folder or glob of text or .jsonl files"""
     sources: list[SourceConfig] = field(default_factory=list)
     """Instead of data.source, several: {path: ..., weight: ..., format: ...}, mixed by weight, sequence by sequence."""
+    held_out: float = at_least(0.0, 0)
+    """Share of each source's documents, chosen by their contents, that is never trained on and measures the loss."""
+    validation: list[SourceConfig] = field(default_factory=list)
+    """Sources that measure the loss, as data.sources; a document that training sources have too is not trained on."""
     format: str = one_of("text", *FORMATS)
     """text | chat (.jsonl lines {"messages": [...]} of conversations, with their media)"""
     thinking: bool = False

@@ -21,7 +21,10 @@ log = logging.getLogger("gemwright")
 def prepare_data(run: Resolved, world: World, stop: StopRequest) -> Data:
     """Collective. Raises `UserError` for data that cannot be used, or when told to stop meanwhile."""
     data = run.config.data
-    sources = [Source(source.path, source.weight, source.format or data.format) for source in data.sources]
+    sources, validation = (
+        [Source(source.path, source.weight, source.format or data.format) for source in given]
+        for given in (data.sources, data.validation)
+    )
     sources = sources or [Source(data.source, 1, data.format)]
 
     def check_stop() -> None:
@@ -38,11 +41,13 @@ def prepare_data(run: Resolved, world: World, stop: StopRequest) -> Data:
         data.thinking,
         Path(data.cache) if data.cache else None,
         Policy(data.on_bad, data.strict, check_stop, verify=first),
+        data.held_out,
+        validation,
     )
     store = default_store()
     prepared = f"gemwright/prepared/{world.rank - world.local_rank}"
     if first:
-        log.info("preparing %s", ", ".join(source.path for source in sources))
+        log.info("preparing %s", ", ".join(source.path for source in [*sources, *validation]))
         opened = open_data(sources, settings)
         store.set(prepared, "yes")
     while not store.check([prepared]):  # a barrier would give up on a large corpus, and not hear a signal

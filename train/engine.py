@@ -48,9 +48,7 @@ class Engine:
         the result is None. Returns this rank's part of the sums of loss and other metrics; those
         of all ranks add up.
         """
-        if has_media is None:
-            media = [batch.inputs.media or Media() for batch in micro_batches]
-            has_media = [(part.vision is not None, part.audio is not None) for part in media]
+        has_media = has_media or [_has_media(batch) for batch in micro_batches]
         for router in self.parallel.routers:
             router.scale = 1 / len(micro_batches)
         if self.parallel.pipeline is not None:
@@ -68,15 +66,33 @@ class Engine:
             found.append(loss.sums())
         return self._summed(found)
 
-    def _through_stages(self, pipeline: Pipeline, batches: Sequence[Batch], units: int) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def forward(
+        self, micro_batches: Sequence[Batch], has_media: Sequence[tuple[bool, bool]] | None = None
+    ) -> dict[str, Tensor]:
+        """The sums of loss and other metrics alone, without gradients; this rank's part, as `forward_backward`."""
+        has_media = has_media or [_has_media(batch) for batch in micro_batches]
+        local = [self.local(batch, *media) for batch, media in zip(micro_batches, has_media, strict=True)]
+        if self.parallel.pipeline is not None:
+            return self._through_stages(self.parallel.pipeline, local, 1, backward=False)
+        model, found = self.parallel.whole, []
+        for batch in local:
+            hidden_TD = model.run(batch.inputs)
+            # Detached, since the fused loss makes the gradients of what requires any.
+            found.append(self.objective(hidden_TD, model.head, model.head_weight.detach(), batch).sums())
+        return self._summed(found)
+
+    def _through_stages(
+        self, pipeline: Pipeline, batches: Sequence[Batch], units: int, *, backward: bool = True
+    ) -> dict[str, Tensor]:
         found = []
 
         def objective(hidden_TD: Tensor, head: Head, weight_VD: Tensor, number: int) -> Tensor:
-            loss = self.objective(hidden_TD, head, weight_VD, batches[number])
+            loss = self.objective(hidden_TD, head, weight_VD if backward else weight_VD.detach(), batches[number])
             found.append(loss.sums())
             return loss.total / max(units, 1)
 
-        pipeline.step([batch.inputs for batch in batches], objective, self.device)
+        pipeline.step([batch.inputs for batch in batches], objective, self.device, backward=backward)
         return self._summed(found)
 
     def _summed(self, found: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -102,6 +118,11 @@ class Engine:
         if parallel.context is not None:
             labels_BS = parallel.context.part(labels_BS)
         return Batch(inputs, labels_BS).to(self.device)
+
+
+def _has_media(batch: Batch) -> tuple[bool, bool]:
+    media = batch.inputs.media or Media()
+    return media.vision is not None, media.audio is not None
 
 
 def media_of_all_ranks(media: Media | None, config: Gemma4Config, *, vision: bool, audio: bool) -> Media:

@@ -67,7 +67,8 @@ def _one_line(error: BaseException) -> str:
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
     message = lines[0].rstrip(".")
     if unknown := re.match(r"Key '(.*)' not in 'SourceConfig'", message):
-        return f"data.sources has no key {unknown[1]}; nearest: {nearest(unknown[1], get_type_hints(SourceConfig))}."
+        section = "data.validation" if key.startswith("data.validation") else "data.sources"
+        return f"{section} has no key {unknown[1]}; nearest: {nearest(unknown[1], get_type_hints(SourceConfig))}."
     if re.match(r"Value .* (could not be converted|is not a valid)", message):
         expected = dict([*leaves(SourceConfig), *leaves(Config)]).get(key)
         value = re.search(r"'(.*?)'", message)
@@ -114,7 +115,7 @@ def _expand_homes(config: Config) -> None:
         value = getattr(getattr(config, section), name)
         if isinstance(value, str) and value.startswith("~"):
             setattr(getattr(config, section), name, str(Path(value).expanduser()))
-    for source in config.data.sources:
+    for source in [*config.data.sources, *config.data.validation]:
         source.path = str(Path(source.path).expanduser()) if source.path.startswith("~") else source.path
 
 

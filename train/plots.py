@@ -8,7 +8,7 @@ from train.records import read
 
 
 def write_loss_curve(folder: Path) -> Path | None:
-    """Draw `metrics.jsonl` into `loss.png`; None if fewer than two steps were logged."""
+    """Draw training and validation losses into `loss.png`; None if fewer than two steps were logged."""
     records = read(folder / "metrics.jsonl", ("step", "loss"))
     if len(records) < 2:
         return None
@@ -18,7 +18,12 @@ def write_loss_curve(folder: Path) -> Path | None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 3.5), dpi=120)
-    axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=1.2)
+    axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=1.2, label="training")
+    measured = read(folder / "validation.jsonl", ("step", "validation_loss"))
+    if measured:
+        losses = [r["validation_loss"] for r in measured]
+        axes.plot([r["step"] for r in measured], losses, marker="o", markersize=3, linewidth=1, label="validation")
+        axes.legend(frameon=False)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(f"{folder.name}: {records[0]['loss']:.2f} to {records[-1]['loss']:.2f}", fontsize=10)

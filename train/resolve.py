@@ -166,6 +166,13 @@ def _check_data(config: Config, model: Gemma4Config, tokenizer: Path | None) -> 
             raise ConfigError(
                 f"data.sources[{index}] has no path; name a file, folder or glob, as in {{path: texts, weight: 2}}."
             )
+    for index, source in enumerate(data.validation):
+        if not source.path:
+            raise ConfigError(f"data.validation[{index}] has no path; name a file, folder or glob.")
+        if source.weight != 1:
+            raise ConfigError(f"data.validation[{index}] has a weight, but each source is measured by itself; drop it.")
+    if data.held_out >= 1:
+        raise ConfigError(f"data.held_out={data.held_out} is a share of the documents; give one below 1, as 0.01.")
     if data.sources:
         whole_parts([source.weight for source in data.sources])
     if data.sequence_length > model.max_position_embeddings:

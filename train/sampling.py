@@ -59,10 +59,10 @@ def sample_prompts(run: Resolved, data: Data) -> list[Prompt]:
 
 
 def _beginnings(data: Data) -> Iterator[Prompt]:
-    """Documents of the first source up to what is learned of them; one that begins with media is passed over."""
-    shard = data.datasets[0].shard
-    for index in range(min(_TRIED, shard.num_documents)):
-        document = shard.document(index)
+    """Documents up to what is learned of them, held out if any are; one that begins with media is passed over."""
+    dataset = [*data.validation.values(), *data.datasets][0]
+    for index in dataset.documents[:_TRIED].tolist():
+        document = dataset.shard.document(index)
         end = document.supervised[0][0]
         if any(file.start < end for file in document.media):
             continue

@@ -116,6 +116,10 @@ def _data(run: Resolved, outlook: Outlook) -> Iterator[str]:
     for source, part, dataset, times in zip(data.sources, data.parts, data.datasets, epochs, strict=True):
         share = f" | {part} of {sum(data.parts)} sequences" if len(data.parts) > 1 else ""
         yield f"data: {source.path}: {dataset}{share} | {times:.2f} epochs in this run"
+    for name, dataset in data.validation.items():
+        yield f"never trained on: {name}: {dataset.size}"
+    if data.kept_away:
+        yield f"not trained on, since data.validation has them too: {data.kept_away:,} documents"
 
 
 def _length(run: Resolved, outlook: Outlook) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Where numbers go: `metrics.jsonl` and `samples.jsonl` always, Weights & Biases by choice. Rank 0 only."""
+"""Where numbers go: files of the run always, Weights & Biases by choice. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -22,13 +22,18 @@ class JsonlTracker:
     """Append-only; on resume, lines past the resumed step are dropped, as if they had not been."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        self.metrics, self.samples = folder / "metrics.jsonl", folder / "samples.jsonl"
-        for path in (self.metrics, self.samples):
+        names = ("metrics.jsonl", "validation.jsonl", "samples.jsonl")
+        self.metrics, self.validation, self.samples = (folder / name for name in names)
+        for path in (self.metrics, self.validation, self.samples):
             cut(path, first_step)
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
         append(self.metrics, metrics)
+
+    def log_validation(self, losses: dict[str, Any]) -> None:
+        """Append a line to validation.jsonl."""
+        append(self.validation, losses)
 
     def log_samples(self, samples: list[dict[str, Any]]) -> None:
         """Append a line to samples.jsonl for each text."""
@@ -83,6 +88,11 @@ class WandbTracker:
         """Send a step's numbers, in groups of charts."""
         named = {f"{_group(name)}/{name}": value for name, value in metrics.items() if name != "step"}
         self._send(metrics["step"], named)
+
+    def log_validation(self, losses: dict[str, Any]) -> None:
+        """Send the losses on what is held out, as a group of charts."""
+        values = {name.replace("validation_loss", "validation/loss"): loss for name, loss in losses.items()}
+        self._send(values.pop("step"), values)
 
     def log_samples(self, samples: list[dict[str, Any]]) -> None:
         """Send generated texts as a table that grows over the run."""

@@ -44,6 +44,7 @@ from train.sampling import sample_prompts, write_samples
 from train.schedule import check_schedule, learning_rate, run_length
 from train.stop_request import StopRequest
 from train.trackers import Tracker, build_trackers
+from train.validate import Validation
 from train.watch import Watch
 
 log = logging.getLogger("gemwright")
@@ -108,6 +109,15 @@ class Trainer:
         if checkpoint is not None:
             newly_trained = set(read_state(checkpoint).get("frozen", ())) - set(self.run.frozen)
             self.checkpointer.load(checkpoint, self.model, self.optimizer, newly_trained=newly_trained)
+        self.validation: Validation | None = None
+        if self.data.validation and config.train.validate_every:
+            self.validation = Validation(
+                self.data.validation,
+                config.train.validate_sequences,
+                self.engine,
+                run.micro_batch_size,
+                self.layout.data_rank(world.rank),
+            )
         self.prompts = sample_prompts(run, self.data) if config.train.sample_every else []
         log.info(screen.kernels(run, device, self.dtype, self.parallel.products))
 
@@ -167,11 +177,16 @@ class Trainer:
         meter.started = time.perf_counter()
         folder = self.folder.path / "profile" if config.train.profile else None
         profiler = Profiler(folder, self.world.rank, self.device, self.model)
+        if self.progress.step == 0:
+            self._validate(meter)
         while not self.complete:
             with profiler.step():
                 if not self._step(batches, sampler.accumulation, meter):
                     break
-            paused, step = time.perf_counter(), self.progress.step
+            step = self.progress.step
+            if step % (config.train.validate_every or 1) == 0 or self.complete:
+                self._validate(meter)
+            paused = time.perf_counter()
             if self.prompts and (step % config.train.sample_every == 0 or self.complete):
                 self._sample()
             if self._checkpoint_due or (config.checkpoint.every and step % config.checkpoint.every == 0):
@@ -268,6 +283,20 @@ class Trainer:
             log.info(screen.forecast(record, self.steps))
         for tracker in self.trackers:
             tracker.log(record)
+
+    def _validate(self, meter: Meter) -> None:
+        """Measure the loss on what is held out, unless told to stop."""
+        if self.validation is None:
+            return
+        paused = time.perf_counter()
+        losses = self.validation.measure(lambda: not self.stop)
+        meter.pause(time.perf_counter() - paused)
+        if losses is None:
+            return
+        several = " | ".join(f"{name.partition('/')[2]} {loss:.4f}" for name, loss in losses.items() if "/" in name)
+        log.info("validation | loss %.4f%s", losses["validation_loss"], f" | {several}" if several else "")
+        for tracker in self.trackers:
+            tracker.log_validation({"step": self.progress.step, **losses})
 
     def _sample(self) -> None:
         config = self.config

@@ -6,6 +6,7 @@ local file, {"type": "image", "path": "cat.png"}; a relative path starts at the 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from data.chat.read import Conversation, ConversationError, PlainText, located, 
 from data.chat.render import NEWEST, Rendered
 from data.chat.template import template_size
 from data.corpus.counts import add
+from data.corpus.held_out import hash_of, without_paths
 from data.corpus.packing import Whole
 from data.corpus.reading import Reading
 from data.corpus.shards import Document
@@ -215,7 +217,15 @@ def _fitting(
             MediaFile(item.kind, file.name, *span, item.num_tokens, len(item.lengths), sha256, file.root)
             for file, span, (item, sha256) in zip(chat.files, encoded.media, media, strict=True)
         ]
-        yield Document(fitting.ids, runs(fitting.supervised), files[: len(fitting.media)])
+        contents = _contents(chat.item, [sha256 for _, sha256 in media])
+        yield Document(fitting.ids, runs(fitting.supervised), files[: len(fitting.media)], content_hash=contents)
+
+
+def _contents(item: Conversation | PlainText, media: Sequence[str]) -> int:
+    """The hash of a text, or of messages and the digests of their media."""
+    if isinstance(item, PlainText):
+        return hash_of(item.text)
+    return hash_of(json.dumps(without_paths(item.messages), sort_keys=True), *media)
 
 
 def runs(flags: list[bool]) -> list[list[int]]:

@@ -11,6 +11,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from data.batch import IGNORE, Row
@@ -24,14 +25,22 @@ from model import Gemma4Config
 class PackedDataset(Dataset[Row]):
     """`dataset[i]` is sequence i of the run, its media loaded and processed; defined for every i >= 0.
 
-    Padding at the end of a sequence is a document of its own. Raises `MediaError` from `dataset[i]` for a media file
-    that is gone or has changed.
+    chosen: whether each document of the corpus takes part; without it all do. Padding at the end of a sequence is a
+    document of its own. Raises `MediaError` from `dataset[i]` for a media file that is gone or has changed.
     """
 
-    def __init__(self, corpus: Corpus, sequence_length: int, seed: int, config: Gemma4Config) -> None:
+    def __init__(
+        self,
+        corpus: Corpus,
+        sequence_length: int,
+        seed: int,
+        config: Gemma4Config,
+        chosen: NDArray[np.bool_] | None = None,
+    ) -> None:
         self.corpus, self.shard = corpus, corpus.shard
         self.sequence_length, self.seed, self.config = sequence_length, seed, config
-        self.packing = corpus.packing(self.shard.lengths, sequence_length, seed)
+        self.documents = np.arange(self.shard.num_documents) if chosen is None else np.flatnonzero(chosen)
+        self.packing = corpus.packing(self.shard.lengths[self.documents], sequence_length, seed)
         self._epochs: dict[int, tuple[Callable[[int], list[Piece]], Ints]] = {}
 
     @property
@@ -44,15 +53,22 @@ class PackedDataset(Dataset[Row]):
         """What turns media files into patches and frames of the size this model reads."""
         return media_processor(self.config)
 
+    @property
+    def size(self) -> str:
+        """How many documents and tokens take part."""
+        tokens = int(self.shard.lengths[self.documents].sum())
+        return f"{len(self.documents):,} {self.corpus.noun}, {tokens:,} tokens"
+
     def pieces(self, index: int) -> list[Piece]:
         """What sequence `index` is made of, in order."""
         number, index = divmod(index, self.sequences_per_epoch)
         if number not in self._epochs:
             generator = np.random.default_rng((self.seed, number))
-            pieces_of = self.packing.epoch(generator.permutation(self.shard.num_documents))
+            pieces_of = self.packing.epoch(generator.permutation(len(self.documents)))
             self._epochs = {number: (pieces_of, generator.permutation(self.sequences_per_epoch))}
         pieces_of, sequences = self._epochs[number]
-        return pieces_of(int(sequences[index]))
+        pieces = pieces_of(int(sequences[index]))
+        return [piece._replace(document=int(self.documents[piece.document])) for piece in pieces]
 
     def __getitem__(self, index: int) -> Row:
         length, pieces = self.sequence_length, self.pieces(index)
@@ -79,6 +95,6 @@ class PackedDataset(Dataset[Row]):
 
     def __str__(self) -> str:
         shard, counts, padding = self.shard, self.shard.counts, self.packing.padding
-        text = f"{shard.num_documents:,} {self.corpus.noun}, {len(shard.tokens):,} tokens, {shard.vocab_size} pieces"
+        text = f"{self.size}, {shard.vocab_size} pieces"
         left_out = f" | {counts}" if str(counts) else ""
         return text + left_out + (f" | packing leaves {padding:.1%} empty" if padding else "")

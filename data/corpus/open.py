@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import itertools
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
 from data.batch import Row
 from data.chat.documents import ChatFormat
 from data.corpus.dataset import PackedDataset
+from data.corpus.held_out import is_held_out
 from data.corpus.mixture import Mixture, whole_parts
-from data.corpus.prepare import Format, Policy, prepare
+from data.corpus.prepare import Corpus, Format, Policy, prepare
 from data.corpus.text import TextFormat
 from model import ConfigError, Gemma4Config
 
@@ -25,6 +30,11 @@ class Source(NamedTuple):
     path: str
     weight: float
     format: str
+
+    @property
+    def name(self) -> str:
+        """What metrics call it: the end of its path."""
+        return Path(self.path).name or self.path
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,10 @@ class Settings:
     thinking: bool = False
     cache: Path | None = None
     policy: Policy = field(default_factory=Policy)
+    held_out: float = 0.0
+    """Share of each source's documents that is kept from training."""
+    validation: Sequence[Source] = ()
+    """Sources that are not trained on at all."""
 
 
 FORMATS: dict[str, Callable[[Settings], Format]] = {
@@ -62,6 +76,10 @@ class Data:
     """How the first source is read."""
     name: str
     """Tells whether another run has the same documents, in the same shares."""
+    validation: dict[str, PackedDataset] = field(default_factory=dict)
+    """What the loss is measured on, by the name of its source; no document of it is in `datasets`."""
+    kept_away: int = 0
+    """Documents of training sources that are not trained on because a validation source has them too."""
 
     @property
     def sequences_per_epoch(self) -> int:
@@ -86,17 +104,60 @@ class Data:
 
 def open_data(sources: Sequence[Source], settings: Settings) -> Data:
     """Prepare the sources, unless the cache has them. Raises `UserError` for what cannot be used."""
-    datasets, names, formats = [], [], []
-    parts = whole_parts([source.weight for source in sources])
-    for source, part in zip(sources, parts, strict=True):
+    formats: list[Format] = []
+    corpora: list[Corpus] = []
+    for source in [*sources, *settings.validation]:
         formats.append(FORMATS[source.format](settings))
-        corpus = prepare(source.path, formats[-1], settings.cache, settings.policy)
-        settings = replace(settings, tokenizer=settings.tokenizer or corpus.folder)
-        datasets.append(PackedDataset(corpus, settings.sequence_length, settings.seed, settings.model))
-        names.append(f"{part} x {corpus.shard.digest}" if len(parts) > 1 else corpus.shard.digest)
-    _check_vocabulary(datasets[0].shard.vocab_size, settings.model)
+        corpora.append(prepare(source.path, formats[-1], settings.cache, settings.policy))
+        settings = replace(settings, tokenizer=settings.tokenizer or corpora[0].folder)
+    _check_vocabulary(corpora[0].shard.vocab_size, settings.model)
+    corpora, others = corpora[: len(sources)], corpora[len(sources) :]
+    parts = whole_parts([source.weight for source in sources])
+    never = np.concatenate([np.zeros(0, np.uint64), *(corpus.shard.hashes for corpus in others)])
+    datasets, validation, names, kept_away = [], dict[str, PackedDataset](), [], 0
+    for source, part, corpus in zip(sources, parts, corpora, strict=True):
+        held_out, known = is_held_out(corpus.shard.hashes, settings.held_out), np.isin(corpus.shard.hashes, never)
+        kept_away += int(known.sum())
+        trained = ~held_out & ~known
+        _check_parts(source, trained, held_out, settings.held_out)
+        datasets.append(_packed(corpus, settings, trained, settings.seed))
+        if settings.held_out:
+            validation[_unused(source.name, validation)] = _packed(corpus, settings, held_out & ~known)
+        name = corpus.shard.digest if trained.all() else f"{corpus.shard.digest} without {_digest(~trained)}"
+        names.append(f"{part} x {name}" if len(parts) > 1 else name)
+    for source, corpus in zip(settings.validation, others, strict=True):
+        validation[_unused(source.name, validation)] = _packed(corpus, settings, None)
     mixed = Mixture(datasets, parts) if len(parts) > 1 else datasets[0]
-    return Data(list(sources), datasets, parts, mixed, formats[0], " + ".join(names))
+    return Data(list(sources), datasets, parts, mixed, formats[0], " + ".join(names), validation, kept_away)
+
+
+def _packed(corpus: Corpus, settings: Settings, chosen: NDArray[np.bool_] | None, seed: int = 0) -> PackedDataset:
+    """Sequences of the chosen documents; those that measure the loss are the same whatever the run's seed."""
+    return PackedDataset(corpus, settings.sequence_length, seed, settings.model, chosen)
+
+
+def _digest(flags: NDArray[np.bool_]) -> str:
+    return hashlib.sha256(np.packbits(flags).tobytes()).hexdigest()[:20]
+
+
+def _unused(name: str, names: Collection[str]) -> str:
+    """The name itself, or with a number where another source has it."""
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    return name if name not in names else next(other for other in numbered if other not in names)
+
+
+def _check_parts(source: Source, trained: NDArray[np.bool_], held_out: NDArray[np.bool_], share: float) -> None:
+    """Raises `ConfigError` where nothing is left to train on, or nothing to measure."""
+    if not trained.any():
+        raise ConfigError(
+            f"none of the {len(trained):,} documents of {source.path} is left to train on; lower data.held_out={share} "
+            "or take other data.validation."
+        )
+    if share and not held_out.any():
+        raise ConfigError(
+            f"data.held_out={share} holds out none of the {len(trained):,} documents of {source.path}; raise it, or "
+            "give data.validation sources of their own."
+        )
 
 
 def _check_vocabulary(found: int, model: Gemma4Config) -> None:

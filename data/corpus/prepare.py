@@ -1,6 +1,6 @@
 """Tokenise a source once and keep the result.
 
-A prepared corpus is a folder `tokenizer.json, tokens.bin, offsets.npy, meta.json`, for conversations also
+A prepared corpus is a folder `tokenizer.json, tokens.bin, offsets.npy, hashes.npy, meta.json`, for conversations also
 `details.jsonl, details.npy`. It is named by a digest of everything it was made from, written aside and moved into
 place whole.
 """
@@ -33,7 +33,7 @@ from data.tokenizer import load_tokenizer, use_all_processors
 
 log = logging.getLogger("gemwright")
 
-_VERSION = 2
+_VERSION = 3
 """Goes up when the same files get other tokens, so that nothing stale is read from a cache."""
 _MAKING, _LOCK = ".making-", ".lock"
 

@@ -22,7 +22,7 @@ from model.errors import UserError
 
 Ids: TypeAlias = Sequence[int] | NDArray[np.int64]
 
-META, TOKENS, _OFFSETS = "meta.json", "tokens.bin", "offsets.npy"
+META, TOKENS, _OFFSETS, _HASHES = "meta.json", "tokens.bin", "offsets.npy", "hashes.npy"
 _DETAILS, _ENDS = "details.jsonl", "details.npy"
 
 
@@ -42,11 +42,13 @@ class Document:
 
     goes_on: bool = False
     """Whether the next one is more of the same text."""
+    content_hash: int = 0
+    """What `data.corpus.held_out` makes of its contents; of a text that goes on, its last part has it."""
 
     @classmethod
-    def text(cls, ids: Ids, *, goes_on: bool = False) -> Document:
+    def text(cls, ids: Ids, *, goes_on: bool = False, content_hash: int = 0) -> Document:
         """Plain text, of which all but the first token is learned."""
-        return cls(ids, [[1, len(ids)]], goes_on=goes_on)
+        return cls(ids, [[1, len(ids)]], goes_on=goes_on, content_hash=content_hash)
 
     @property
     def is_text(self) -> bool:
@@ -60,6 +62,7 @@ def write_shard(folder: Path, documents: Iterable[Document], vocab_size: int, co
     Only one document is held at a time, or a part of one that goes on; `counts` is read when all are written.
     """
     dtype, offsets, ends, length = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32), [0], [0], 0
+    hashes: list[int] = []
     with (folder / TOKENS).open("wb") as tokens, (folder / _DETAILS).open("wb") as details:
         for document in documents:
             tokens.write(np.asarray(document.ids, dtype=dtype).tobytes())
@@ -67,9 +70,11 @@ def write_shard(folder: Path, documents: Iterable[Document], vocab_size: int, co
             if document.goes_on:
                 continue
             offsets.append(length)
+            hashes.append(document.content_hash)
             line = {"supervised": document.supervised, "media": [asdict(file) for file in document.media]}
             ends.append(ends[-1] + (0 if document.is_text else details.write(json.dumps(line).encode() + b"\n")))
     np.save(folder / _OFFSETS, np.asarray(offsets, dtype=np.int64))
+    np.save(folder / _HASHES, np.asarray(hashes, dtype=np.uint64))
     if ends[-1]:
         np.save(folder / _ENDS, np.asarray(ends, dtype=np.int64))
     else:
@@ -94,6 +99,8 @@ class Shard:
             if digests is not None:
                 self._compare(meta["sha256"], digests)
             self.offsets: NDArray[np.int64] = np.load(folder / _OFFSETS)
+            self.hashes: NDArray[np.uint64] = np.load(folder / _HASHES)
+            """64 bits of each document's contents."""
             if meta["dtype"] not in ("uint16", "uint32"):
                 raise ValueError(f"dtype {meta['dtype']!r}")
             self.tokens = np.memmap(folder / TOKENS, dtype=meta["dtype"], mode="r")
@@ -105,6 +112,7 @@ class Shard:
                 self._ends = np.load(folder / _ENDS)
                 self._details = np.memmap(folder / _DETAILS, dtype=np.uint8, mode="r")
             same = len(self.tokens) == meta["tokens"] == self.offsets[-1] and len(self.offsets) == meta["documents"] + 1
+            same = same and len(self.hashes) == meta["documents"]
             same_details = len(self._ends) == len(self.offsets) and len(self._details) == self._ends[-1]
         except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise self._damaged(f"cannot be read ({error})") from None

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from data.corpus.held_out import ContentHash
 from data.corpus.packing import Split
 from data.corpus.reading import Reading
 from data.corpus.shards import Document
@@ -53,13 +54,14 @@ class TextFormat:
         """Each text as tokens between begin and end of text, all of them learned."""
         # A document cannot smuggle in control tokens: text spelling one is encoded piece by piece.
         tokenizer.encode_special_tokens = True
-        begins = True
+        begins, contents = True, ContentHash()
         for batch in _batches(read_texts(reading.files, reading)):
             encodings = tokenizer.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
-            for (_, ends), encoding in zip(batch, encodings, strict=True):
+            for (text, ends), encoding in zip(batch, encodings, strict=True):
                 reading.counts.kept += ends
                 ids = np.fromiter(chain([BOS] * begins, encoding.ids, [EOS] * ends), np.int64)
-                yield Document.text(ids, goes_on=not ends)
+                contents.add(text)
+                yield Document.text(ids, goes_on=not ends, content_hash=contents.end() if ends else 0)
                 begins = ends
         reading.finish()
 

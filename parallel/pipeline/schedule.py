@@ -32,27 +32,31 @@ _SCHEDULES: dict[str, Callable[..., Any]] = {
 
 
 class Pipeline:
-    """Runs micro-batches forward and backward through the stages of all ranks of `pp`."""
+    """Runs micro-batches forward, and backward where wanted, through the stages of all ranks of `pp`."""
 
     def __init__(self, stages: Sequence[Gemma4Stage], mesh: Mesh, options: ParallelConfig, dtype: torch.dtype) -> None:
         self.stages, self.mesh, self.name, self.dtype = stages, mesh, options.pp_schedule, dtype
         self.count = num_stages(options.pp_schedule, options.pp_virtual, mesh.layout.pp)
-        self._schedules: dict[tuple[int, ...], Any] = {}
+        self._schedules: dict[tuple[int, int, bool], Any] = {}
 
-    def step(self, micro_batches: Sequence[Inputs], loss: StageLoss, device: torch.device) -> None:
-        """Gradients of the sum of `loss`, which the last stage calls for each micro-batch."""
+    def step(
+        self, micro_batches: Sequence[Inputs], loss: StageLoss, device: torch.device, *, backward: bool = True
+    ) -> None:
+        """Gradients of the sum of `loss`, which the last stage calls for each micro-batch; or its calls alone."""
         if not self._schedules:  # the first step: weights are there
             for stage in self.stages:
                 _gather_encoders_once(stage)
-        key = (len(micro_batches), len(micro_batches[0].tokens_T))
+        num_micro_batches, tokens = len(micro_batches), len(micro_batches[0].tokens_T)
+        key = (num_micro_batches, tokens, backward)
         if key not in self._schedules:
-            self._schedules[key] = self._schedule(*key, device)
+            self._schedules[key] = self._schedule(num_micro_batches, tokens, device)
         for stage in self.stages:
             stage.micro_batches, stage.loss = micro_batches, loss
         numbers = torch.arange(len(micro_batches))
         first = any(stage.is_first for stage in self.stages)
         last = any(stage.is_last for stage in self.stages)
-        self._schedules[key].step(
+        schedule = self._schedules[key]
+        (schedule.step if backward else schedule.eval)(
             *((numbers,) if first else ()),
             target=numbers if last else None,
             return_outputs=False,
@@ -60,7 +64,8 @@ class Pipeline:
         )
         for stage in self.stages:
             stage.micro_batches = ()
-        self._add_tied()
+        if backward:
+            self._add_tied()
 
     def _schedule(self, num_micro_batches: int, tokens: int, device: torch.device) -> Any:
         layout, pp = self.mesh.layout, self.mesh.layout.pp
