@@ -83,14 +83,16 @@ def test_conversations_split_alike_however_they_are_rendered_and_cut(tmp_path: P
     write(tmp_path, [chat(user(text(f"Question {n}?")), model(f"Answer {n}. " * 5), user(), model()) for n in range(100)])
     source, asked = Source(str(tmp_path / "chats.jsonl"), 1, "chat"), settings(tmp_path, tokenizer, 0.2)
     short, thinking, large = (
-        open_data([source], other).validation["chats.jsonl"].documents.tolist()
+        open_data([source], other).validation["chats.jsonl"]
         for other in (
-            replace(asked, sequence_length=48),
-            replace(asked, sequence_length=256, thinking=True),
-            replace(asked, sequence_length=256, model=Gemma4Config.from_name("tiny_e2b", vision=None, audio=None)),
+            replace(asked, sequence_length=120),
+            replace(asked, sequence_length=600, thinking=True),
+            replace(asked, sequence_length=600, model=Gemma4Config.from_name("tiny_e2b", vision=None, audio=None)),
         )
     )
-    assert 8 < len(short) < 35 and short == thinking == large
+    assert short.shard.counts.cut == 100 and not thinking.shard.counts.cut, "the first are cut, the others whole"
+    documents = short.documents.tolist()
+    assert 8 < len(documents) < 35 and documents == thinking.documents.tolist() == large.documents.tolist()
 
 
 def test_what_validation_sources_have_is_not_trained_on(tmp_path: Path, tokenizer: Path) -> None:
