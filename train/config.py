@@ -82,6 +82,18 @@ class SourceConfig:
     weight: float = 1.0
     format: str | None = one_of(None, *FORMATS)
     """unset: data.format"""
+    epochs: float | None = None
+    """Most times that it is used; after that the others share its part."""
+    max_tokens: int | None = at_least(None, 1)
+    """Most tokens that are taken of it, padding included; after that the others share its part."""
+
+
+@dataclass
+class WeightsConfig:
+    """Weights of all sources from a step on (data.weight_schedule)."""
+
+    step: int = at_least(1, 1)
+    weights: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -96,6 +108,10 @@ class DataConfig:
     """Share of each source's documents, chosen by their contents, that is never trained on and measures the loss."""
     validation: list[SourceConfig] = field(default_factory=list)
     """Sources that measure the loss, as data.sources; a document that training sources have too is not trained on."""
+    temperature: float | None = None
+    """Weights are multiplied by the sources' sizes in tokens to the power 1 / temperature: 1 by size, 5 more even."""
+    weight_schedule: list[WeightsConfig] = field(default_factory=list)
+    """Other weights of data.sources from a step on: [{step: 9000, weights: [1, 4]}]"""
     format: str = one_of("text", *FORMATS)
     """text | chat (.jsonl lines {"messages": [...]} of conversations, with their media)"""
     thinking: bool = False

@@ -6,6 +6,7 @@ import logging
 import time
 from pathlib import Path
 
+from data.corpus.mixture import Stage
 from data.corpus.open import Data, Settings, Source, open_data
 from data.corpus.prepare import Policy
 from model import ConfigError, UserError
@@ -22,7 +23,7 @@ def prepare_data(run: Resolved, world: World, stop: StopRequest) -> Data:
     """Collective. Raises `UserError` for data that cannot be used, or when told to stop meanwhile."""
     data = run.config.data
     sources, validation = (
-        [Source(source.path, source.weight, source.format or data.format) for source in given]
+        [Source(s.path, s.weight, s.format or data.format, s.epochs, s.max_tokens) for s in given]
         for given in (data.sources, data.validation)
     )
     sources = sources or [Source(data.source, 1, data.format)]
@@ -43,6 +44,8 @@ def prepare_data(run: Resolved, world: World, stop: StopRequest) -> Data:
         Policy(data.on_bad, data.strict, check_stop, verify=first),
         data.held_out,
         validation,
+        data.temperature,
+        [Stage(stage.step * run.config.train.global_batch_size, stage.weights) for stage in data.weight_schedule],
     )
     store = default_store()
     prepared = f"gemwright/prepared/{world.rank - world.local_rank}"

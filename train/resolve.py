@@ -12,7 +12,7 @@ from model.hf.hub import resolve as resolve_weights
 from model.hf.weights import WeightsError
 from parallel.layout import AXES, Layout, micro_batch_size, resolve_layout
 from parallel.pipeline.layout import check_pipeline
-from train.config import Config, DataConfig, ModelConfig
+from train.config import Config, DataConfig, ModelConfig, SourceConfig
 from train.schedule import DEFAULT_STEPS, check_schedule
 
 
@@ -166,15 +166,17 @@ def _check_data(config: Config, model: Gemma4Config, tokenizer: Path | None) -> 
             raise ConfigError(
                 f"data.sources[{index}] has no path; name a file, folder or glob, as in {{path: texts, weight: 2}}."
             )
+    _check_mixture(data)
     for index, source in enumerate(data.validation):
         if not source.path:
             raise ConfigError(f"data.validation[{index}] has no path; name a file, folder or glob.")
-        if source.weight != 1:
-            raise ConfigError(f"data.validation[{index}] has a weight, but each source is measured by itself; drop it.")
+        for name in ("weight", "epochs", "max_tokens"):
+            if getattr(source, name) != getattr(SourceConfig(), name):
+                raise ConfigError(
+                    f"data.validation[{index}].{name} has no meaning where nothing is trained on; drop it."
+                )
     if data.held_out >= 1:
         raise ConfigError(f"data.held_out={data.held_out} is a share of the documents; give one below 1, as 0.01.")
-    if data.sources:
-        whole_parts([source.weight for source in data.sources])
     if data.sequence_length > model.max_position_embeddings:
         raise ConfigError(
             f"data.sequence_length={data.sequence_length} exceeds the model's max_position_embeddings; "
@@ -185,6 +187,31 @@ def _check_data(config: Config, model: Gemma4Config, tokenizer: Path | None) -> 
             f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} exceeds model.vocab_size; "
             f"largest legal: {model.vocab_size}."
         )
+
+
+def _check_mixture(data: DataConfig) -> None:
+    steps = [0, *(stage.step for stage in data.weight_schedule)]
+    if steps != sorted(set(steps)):
+        said = ", ".join(map(str, steps[1:]))
+        raise ConfigError(f"data.weight_schedule has steps {said}; each must be above the one before.")
+    for index, stage in enumerate(data.weight_schedule):
+        if len(stage.weights) != len(data.sources):
+            raise ConfigError(
+                f"data.weight_schedule[{index}] has {len(stage.weights)} weights for the {len(data.sources)} of "
+                "data.sources; give one for each."
+            )
+    stages = [[source.weight for source in data.sources], *(stage.weights for stage in data.weight_schedule)]
+    for weights in stages if data.sources else []:
+        whole_parts(weights)
+    for index, source in enumerate(data.sources):
+        if not any(weights[index] for weights in stages):
+            raise ConfigError(f"data.sources[{index}] has a weight of {source.weight}; give a number above 0.")
+        if source.epochs is not None and source.epochs <= 0:
+            raise ConfigError(f"data.sources[{index}].epochs={source.epochs} uses nothing; give a number above 0.")
+    if not all(map(any, stages)) and data.sources:
+        raise ConfigError("data.weight_schedule has weights of 0 alone; give one source a number above 0.")
+    if data.temperature is not None and data.temperature <= 0:
+        raise ConfigError(f"data.temperature={data.temperature} must be above 0; usual: 1 to 5.")
 
 
 def _check_pipeline(config: Config, model: Gemma4Config, layout: Layout, micro: int) -> None:

@@ -49,6 +49,11 @@ class Progress:
     """All keys of the run that saved it."""
     steps: int = 0
     """Steps of that whole run."""
+    since: int = 0
+    """The sequence from which the present mixture holds, and below what each source gave before it, by key."""
+    used_before: dict[str, int] = field(default_factory=dict)
+    used: dict[str, int] = field(default_factory=dict)
+    """Sequences that each source has given so far."""
     origin: str = ""
     """Digest of the small files of the weights that the run began with; empty for drawn ones."""
 
@@ -63,7 +68,8 @@ class Progress:
             "seed": run.config.run.seed,
         }
         sizes = json.loads(json.dumps(asdict(run.model)))  # as they are read back
-        return cls(0, 0, 0, data, sizes, list(run.frozen), asdict(run.config), steps)
+        config = asdict(run.config)
+        return cls(0, 0, 0, data, sizes, list(run.frozen), config, steps, used=dict.fromkeys(opened.keys, 0))
 
 
 def find_checkpoint(wanted: str, checkpointer: Checkpointer) -> Path | None:
@@ -106,7 +112,8 @@ def saved_progress(checkpoint: Path) -> Progress:
 def progress_from(checkpoint: Path, asked: Progress) -> Progress:
     """Progress of a checkpoint, checked against a fresh `Progress` of this run.
 
-    Another model, tokenizer or optimizer raises `ConfigError`; other data starts its own index at 0.
+    Another model, tokenizer or optimizer raises `ConfigError`; other data starts its own index at 0, and sources that
+    are mixed otherwise go on where each was.
     """
     saved = saved_progress(checkpoint)
     for key, value in asked.model.items():
@@ -133,11 +140,17 @@ def progress_from(checkpoint: Path, asked: Progress) -> Progress:
     ):
         if names:
             log.warning("%s: %s", ", ".join(sorted(names)), what)
+    asked = replace(asked, step=saved.step, tokens_seen=saved.tokens_seen)
     changed = [key for key, value in asked.data.items() if saved.data[key] != value]
-    if changed:
+    if not changed:
+        since, used = saved.since, saved.used_before
+    elif changed == ["corpus"] and (kept := {key: saved.used[key] for key in asked.used if key in saved.used}):
+        log.warning("the mixture changed: %d of %d sources go on where they were", len(kept), len(asked.used))
+        since, used = saved.sequences_seen, kept
+    else:
         log.warning("the data changed (%s): its index starts at 0", ", ".join(changed))
-    sequences_seen = 0 if changed else saved.sequences_seen
-    return replace(asked, step=saved.step, tokens_seen=saved.tokens_seen, sequences_seen=sequences_seen)
+        return asked
+    return replace(asked, sequences_seen=saved.sequences_seen, since=since, used_before=used)
 
 
 def changes(saved: Progress, asked: Progress) -> list[str]:

@@ -10,12 +10,24 @@ from train.config import ScheduleConfig, TrainConfig
 DEFAULT_STEPS = 100
 
 
-def run_length(train: TrainConfig, sequences_per_epoch: int) -> int:
-    """Optimizer steps of a run: `train.steps`, or as many as use the data `train.epochs` times; of both, the fewer."""
+def run_length(train: TrainConfig, sequences_per_epoch: int, sequences: int | None = None) -> int:
+    """Optimizer steps of a run: `train.steps`, or as many as use the data `train.epochs` times; of both, the fewer.
+
+    sequences: how many there are, if not any number; without steps and epochs the run then ends with them. Raises
+    `ConfigError` where there are too few.
+    """
     lengths = [] if train.steps is None else [train.steps]
     if train.epochs is not None:
         lengths.append(math.ceil(train.epochs * sequences_per_epoch / train.global_batch_size))
-    return min(lengths, default=DEFAULT_STEPS)
+    if sequences is None:
+        return min(lengths, default=DEFAULT_STEPS)
+    most = sequences // train.global_batch_size
+    if most < min(lengths, default=1):
+        raise ConfigError(
+            f"epochs and max_tokens of data.sources leave {sequences:,} sequences, enough for {most} steps and not for "
+            f"{min(lengths, default=1)}; raise them, or set train.steps={max(most, 1)}."
+        )
+    return min([*lengths, most])
 
 
 def check_schedule(config: ScheduleConfig, steps: int) -> None:

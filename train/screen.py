@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from data.corpus.mixture import whole_parts
 from data.corpus.open import Data
 from model import Gemma4
 from model.attention_kernels import kernel_for
@@ -24,6 +25,9 @@ from train.resolve import Resolved
 from train.resume import Progress
 
 log = logging.getLogger("gemwright")
+
+_MOST_EPOCHS = 4
+"""Uses of the same tokens that are nearly as good as fresh ones, in pretraining."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +116,19 @@ def kernels(run: Resolved, device: torch.device, dtype: torch.dtype, products: s
 
 def _data(run: Resolved, outlook: Outlook) -> Iterator[str]:
     data, config = outlook.data, run.config
-    epochs = data.epochs(outlook.progress.steps * config.train.global_batch_size)
-    for source, part, dataset, times in zip(data.sources, data.parts, data.datasets, epochs, strict=True):
-        share = f" | {part} of {sum(data.parts)} sequences" if len(data.parts) > 1 else ""
-        yield f"data: {source.path}: {dataset}{share} | {times:.2f} epochs in this run"
+    total = outlook.progress.steps * config.train.global_batch_size
+    epochs, counts = data.epochs(total), data.turns.counts(total)
+    weights = [whole_parts(stage.weights) for stage in data.turns.stages]
+    for number, (source, dataset) in enumerate(zip(data.sources, data.datasets, strict=True)):
+        share = ", then ".join(f"{parts[number]} of {sum(parts)}" for parts in weights) + " sequences"
+        tokens = f"{counts[number] * dataset.sequence_length:,} tokens"
+        mixed = f" | {share}, {tokens} in this run" if len(data.sources) > 1 else ""
+        yield f"data: {source.path}: {dataset}{mixed} | {epochs[number]:.2f} epochs in this run"
+        if epochs[number] > _MOST_EPOCHS:
+            yield (
+                f"{source.name} is used {epochs[number]:.1f} times; beyond {_MOST_EPOCHS} repeated tokens teach less "
+                "and less (arXiv:2305.16264): take more data, a lower weight, or epochs of its own in data.sources"
+            )
     for name, dataset in data.validation.items():
         yield f"never trained on: {name}: {dataset.size}"
     if data.kept_away:

@@ -129,4 +129,6 @@ def _row(sample: dict[str, Any]) -> list[Any]:
 
 
 def _group(name: str) -> str:
+    if name.startswith("source_"):
+        return "sources"
     return next((group for group, names in _GROUPS.items() if name in names), "speed")

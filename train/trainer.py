@@ -53,6 +53,9 @@ log = logging.getLogger("gemwright")
 class Trainer:
     """One run on this process. The process group must exist; every rank builds one and calls `train`."""
 
+    progress: Progress
+    steps: int
+
     def __init__(self, run: Resolved, world: World, device: torch.device) -> None:
         self.run, self.world, self.device = run, world, device
         config = self.config = run.config
@@ -72,13 +75,7 @@ class Trainer:
             self.folder.checkpoints, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
         )
         self.data = prepare_data(run, world, self.stop)
-        checkpoint = find_checkpoint(config.run.resume, self.checkpointer)
-        self.steps = run_length(config.train, self.data.sequences_per_epoch)
-        check_schedule(config.schedule, self.steps)
-        self.progress, changed = Progress.fresh(run, self.data, self.steps), []
-        if checkpoint is not None:
-            self.progress = progress_from(checkpoint, self.progress)
-            changed = changes(saved_progress(checkpoint), self.progress)
+        checkpoint, changed = self._find_progress()
         self.exported: Path | None = None
         self.saved_step = self.progress.step if checkpoint is not None else None
         self._forecast_at = self.progress.step + 2  # the first step is slower
@@ -120,6 +117,21 @@ class Trainer:
             )
         self.prompts = sample_prompts(run, self.data) if config.train.sample_every else []
         log.info(screen.kernels(run, device, self.dtype, self.parallel.products))
+
+    def _find_progress(self) -> tuple[Path | None, list[str]]:
+        """Where the run goes on, how long it is, and what has changed since."""
+        config, run = self.config, self.run
+        checkpoint = find_checkpoint(config.run.resume, self.checkpointer)
+        self.steps = run_length(config.train, self.data.sequences_per_epoch, self.data.turns.length)
+        self.progress, changed = Progress.fresh(run, self.data, self.steps), list[str]()
+        if checkpoint is not None:
+            self.progress = progress_from(checkpoint, self.progress)
+            self.data = self.data.going_on(self.progress.since, self.progress.used_before)
+            self.steps = run_length(config.train, self.data.sequences_per_epoch, self.data.turns.length)
+            self.progress = replace(self.progress, steps=self.steps)
+            changed = changes(saved_progress(checkpoint), self.progress)
+        check_schedule(config.schedule, self.steps)
+        return checkpoint, changed
 
     def _initial_values(self, checkpoint: Path | None) -> Fill:
         """Drawn, or the slices of a released checkpoint; a resumed run reads its own checkpoint afterwards."""
@@ -276,13 +288,27 @@ class Trainer:
         count = max(named.pop("count"), 1.0)
         means = {name: value / count for name, value in named.items()}
         load = read_balance(self.parallel.routers, self.model_config) if self.model_config.enable_moe_block else {}
-        record = meter.record(self.progress.step, {**means, **values, **load, "tokens_seen": self.progress.tokens_seen})
+        values |= {"tokens_seen": self.progress.tokens_seen, **self._sources_seen()}
+        record = meter.record(self.progress.step, {**means, **values, **load})
         log.info(step_line(record, self.steps))
         if self._forecast_at <= self.progress.step < self.steps:
             self._forecast_at = self.steps
             log.info(screen.forecast(record, self.steps))
         for tracker in self.trackers:
             tracker.log(record)
+
+    def _sources_seen(self) -> dict[str, float]:
+        """Tokens and epochs of each source so far, where there are several."""
+        if len(self.data.sources) < 2:
+            return {}
+        seen = self.progress.sequences_seen
+        counts, epochs = self.data.turns.counts(seen), self.data.epochs(seen)
+        length = self.config.data.sequence_length
+        return {
+            f"source_{what}/{name}": value
+            for name, count, times in zip(self.data.names, counts, epochs, strict=True)
+            for what, value in (("tokens", count * length), ("epochs", round(times, 4)))
+        }
 
     def _validate(self, meter: Meter) -> None:
         """Measure the loss on what is held out, unless told to stop."""
@@ -318,7 +344,8 @@ class Trainer:
         step = self.progress.step
         if step == self.saved_step:
             return
-        self.checkpointer.save(step, self.model, self.optimizer, asdict(self.progress))
+        progress = replace(self.progress, used=self.data.used(self.progress.sequences_seen))
+        self.checkpointer.save(step, self.model, self.optimizer, asdict(progress))
         self.saved_step, self._saved_at, self._checkpoint_due = step, time.monotonic(), False
         log.info("checkpoint step %d%s", step, " (writing)" if self.config.checkpoint.asynchronous else "")
 

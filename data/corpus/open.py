@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from data.batch import Row
 from data.chat.documents import ChatFormat
 from data.corpus.dataset import PackedDataset
 from data.corpus.held_out import is_held_out
-from data.corpus.mixture import Mixture, whole_parts
+from data.corpus.mixture import Mixture, Stage, Turns, shares_by_size, whole_parts
 from data.corpus.prepare import Corpus, Format, Policy, prepare
 from data.corpus.text import TextFormat
 from model import ConfigError, Gemma4Config
@@ -30,11 +30,24 @@ class Source(NamedTuple):
     path: str
     weight: float
     format: str
+    epochs: float | None = None
+    """Most times that it is used."""
+    max_tokens: int | None = None
+    """Most tokens that are taken of it, with the padding of their sequences."""
 
     @property
     def name(self) -> str:
         """What metrics call it: the end of its path."""
         return Path(self.path).name or self.path
+
+    def limit(self, dataset: PackedDataset) -> int | None:
+        """Most sequences that it gives."""
+        limits = []
+        if self.epochs is not None:
+            limits.append(round(self.epochs * dataset.sequences_per_epoch))
+        if self.max_tokens is not None:
+            limits.append(self.max_tokens // dataset.sequence_length)
+        return max(min(limits), 1) if limits else None
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,10 @@ class Settings:
     """Share of each source's documents that is kept from training."""
     validation: Sequence[Source] = ()
     """Sources that are not trained on at all."""
+    temperature: float | None = None
+    """Weights are times the sizes of sources to the power one over it."""
+    stages: Sequence[Stage] = ()
+    """From which sequence of the run on sources have other weights."""
 
 
 FORMATS: dict[str, Callable[[Settings], Format]] = {
@@ -69,17 +86,49 @@ class Data:
 
     sources: list[Source]
     datasets: list[PackedDataset]
-    parts: list[int]
-    """Whole parts of the sequences that each source gives."""
-    dataset: Dataset[Row]
+    keys: list[str]
+    """What tells the documents of each source from others; each once."""
+    turns: Turns
     format: Format
     """How the first source is read."""
-    name: str
-    """Tells whether another run has the same documents, in the same shares."""
     validation: dict[str, PackedDataset] = field(default_factory=dict)
     """What the loss is measured on, by the name of its source; no document of it is in `datasets`."""
     kept_away: int = 0
     """Documents of training sources that are not trained on because a validation source has them too."""
+
+    @property
+    def dataset(self) -> Dataset[Row]:
+        """The sequences of the run."""
+        return Mixture(self.datasets, self.turns)
+
+    @property
+    def name(self) -> str:
+        """Tells whether another run has the same documents, in the same shares."""
+        first, *later = self.turns.stages
+        several = len(self.keys) > 1
+        sources = [
+            (f"{part} x " if several else "") + key + ("" if limit is None else f" up to {limit}")
+            for part, key, limit in zip(whole_parts(first.weights), self.keys, self.turns.limits, strict=True)
+        ]
+        stages = [f"from {stage.first} on {', '.join(map(str, whole_parts(stage.weights)))}" for stage in later]
+        return " + ".join(sources) + "".join(f"; {stage}" for stage in stages)
+
+    @property
+    def names(self) -> list[str]:
+        """What metrics call the sources, each once."""
+        names: list[str] = []
+        for source in self.sources:
+            names.append(_unused(source.name, names))
+        return names
+
+    def going_on(self, since: int, used: Mapping[str, int]) -> Data:
+        """The same where a run goes on, in which sources, by key, gave `used` sequences before sequence `since`."""
+        before = [used.get(key, 0) for key in self.keys]
+        return replace(self, turns=Turns(self.turns.stages, self.turns.limits, since, before))
+
+    def used(self, sequences: int) -> dict[str, int]:
+        """How many of the first `sequences` each source gives, by key."""
+        return dict(zip(self.keys, self.turns.counts(sequences), strict=True))
 
     @property
     def sequences_per_epoch(self) -> int:
@@ -88,8 +137,8 @@ class Data:
 
     def epochs(self, sequences: int) -> list[float]:
         """Times that the first `sequences` of the run use each source."""
-        shares = (sequences * part / sum(self.parts) for part in self.parts)
-        return [share / dataset.sequences_per_epoch for share, dataset in zip(shares, self.datasets, strict=True)]
+        counts = self.turns.counts(sequences)
+        return [count / dataset.sequences_per_epoch for count, dataset in zip(counts, self.datasets, strict=True)]
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -104,6 +153,7 @@ class Data:
 
 def open_data(sources: Sequence[Source], settings: Settings) -> Data:
     """Prepare the sources, unless the cache has them. Raises `UserError` for what cannot be used."""
+    whole_parts([source.weight for source in sources])  # wrong ones are told before anything is prepared
     formats: list[Format] = []
     corpora: list[Corpus] = []
     for source in [*sources, *settings.validation]:
@@ -112,10 +162,10 @@ def open_data(sources: Sequence[Source], settings: Settings) -> Data:
         settings = replace(settings, tokenizer=settings.tokenizer or corpora[0].folder)
     _check_vocabulary(corpora[0].shard.vocab_size, settings.model)
     corpora, others = corpora[: len(sources)], corpora[len(sources) :]
-    parts = whole_parts([source.weight for source in sources])
     never = np.concatenate([np.zeros(0, np.uint64), *(corpus.shard.hashes for corpus in others)])
-    datasets, validation, names, kept_away = [], dict[str, PackedDataset](), [], 0
-    for source, part, corpus in zip(sources, parts, corpora, strict=True):
+    datasets, keys, kept_away = list[PackedDataset](), list[str](), 0
+    validation: dict[str, PackedDataset] = {}
+    for source, corpus in zip(sources, corpora, strict=True):
         held_out, known = is_held_out(corpus.shard.hashes, settings.held_out), np.isin(corpus.shard.hashes, never)
         kept_away += int(known.sum())
         trained = ~held_out & ~known
@@ -123,12 +173,21 @@ def open_data(sources: Sequence[Source], settings: Settings) -> Data:
         datasets.append(_packed(corpus, settings, trained, settings.seed))
         if settings.held_out:
             validation[_unused(source.name, validation)] = _packed(corpus, settings, held_out & ~known)
-        name = corpus.shard.digest if trained.all() else f"{corpus.shard.digest} without {_digest(~trained)}"
-        names.append(f"{part} x {name}" if len(parts) > 1 else name)
+        key = corpus.shard.digest if trained.all() else f"{corpus.shard.digest} without {_digest(~trained)}"
+        keys.append(_unused(key, keys))
     for source, corpus in zip(settings.validation, others, strict=True):
         validation[_unused(source.name, validation)] = _packed(corpus, settings, None)
-    mixed = Mixture(datasets, parts) if len(parts) > 1 else datasets[0]
-    return Data(list(sources), datasets, parts, mixed, formats[0], " + ".join(names), validation, kept_away)
+    turns = Turns(_stages(sources, datasets, settings), [s.limit(d) for s, d in zip(sources, datasets, strict=True)])
+    return Data(list(sources), datasets, keys, turns, formats[0], validation, kept_away)
+
+
+def _stages(sources: Sequence[Source], datasets: Sequence[PackedDataset], settings: Settings) -> list[Stage]:
+    """Weights from the first sequence on, and from later ones."""
+    stages = [Stage(0, [source.weight for source in sources]), *settings.stages]
+    if settings.temperature is None:
+        return stages
+    sizes = [int(dataset.shard.lengths[dataset.documents].sum()) for dataset in datasets]
+    return [replace(stage, weights=shares_by_size(stage.weights, sizes, settings.temperature)) for stage in stages]
 
 
 def _packed(corpus: Corpus, settings: Settings, chosen: NDArray[np.bool_] | None, seed: int = 0) -> PackedDataset:

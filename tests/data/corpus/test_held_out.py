@@ -80,7 +80,10 @@ def test_order_copies_and_length_of_sequences_do_not_matter(tmp_path: Path, toke
 
 
 def test_conversations_split_alike_however_they_are_rendered_and_cut(tmp_path: Path, tokenizer: Path) -> None:
-    write(tmp_path, [chat(user(text(f"Question {n}?")), model(f"Answer {n}."), user(), model("Yes. " * 40)) for n in range(100)])
+    write(
+        tmp_path,
+        [chat(user(text(f"Question {n}?")), model(f"Answer {n}."), user(), model("Yes. " * 40)) for n in range(100)],
+    )
     source, asked = Source(str(tmp_path / "chats.jsonl"), 1, "chat"), settings(tmp_path, tokenizer, 0.2)
     short, thinking, large = (
         open_data([source], other).validation["chats.jsonl"]
