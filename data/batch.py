@@ -29,14 +29,17 @@ class Row:
     document_ids_S: Tensor
     images: tuple[tuple[Tensor, Tensor], ...] = ()
     clips: tuple[Tensor, ...] = ()
+    source: int = 0
+    """Which source of a mixture it is of."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model runs on, and the label of every position [B, S] (`IGNORE` where its output is not wanted)."""
+    """What the model runs on, labels of all positions (`IGNORE` where no output is wanted), and sources of rows."""
 
     inputs: Inputs
     labels_BS: Tensor
+    sources_B: Tensor
 
     @classmethod
     def make(
@@ -47,10 +50,11 @@ class Batch:
         positions_BS: Tensor,
         document_ids_BS: Tensor,
         media: Media | None = None,
+        sources_B: Tensor | None = None,
     ) -> Batch:
         """A batch of integer tensors [B, S]. A document is a run of equal ids; positions restart in each."""
-        supervised_BS = labels_BS != IGNORE
-        return cls(make_inputs(config, tokens_BS, positions_BS, document_ids_BS, supervised_BS, media), labels_BS)
+        inputs = make_inputs(config, tokens_BS, positions_BS, document_ids_BS, labels_BS != IGNORE, media)
+        return cls(inputs, labels_BS, torch.zeros_like(labels_BS[:, 0]) if sources_B is None else sources_B)
 
     @property
     def kept(self) -> Kept:
@@ -63,9 +67,15 @@ class Batch:
         """Labels of the supervised positions, in order."""
         return self.labels_BS.flatten()[self.kept.index[: self.kept.count]]
 
+    @property
+    def sources_T(self) -> Tensor:
+        """Sources of the supervised positions, in order."""
+        return self.sources_B[self.kept.index[: self.kept.count] // self.labels_BS.shape[1]]
+
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on a device, copied without waiting from pinned memory."""
-        return Batch(self.inputs.to(device), self.labels_BS.to(device, non_blocking=True))
+        labels_BS, sources_B = (t.to(device, non_blocking=True) for t in (self.labels_BS, self.sources_B))
+        return Batch(self.inputs.to(device), labels_BS, sources_B)
 
 
 def collate(rows: Sequence[Row], config: Gemma4Config) -> Batch:
@@ -77,6 +87,7 @@ def collate(rows: Sequence[Row], config: Gemma4Config) -> Batch:
     images = [image for row in rows for image in row.images]
     clips = [clip for row in rows for clip in row.clips]
     media = Media.build(config, tokens, images, clips) if images or clips else None
-    batch = Batch.make(config, tokens, labels, positions, documents, media)
+    sources = torch.tensor([row.source for row in rows])
+    batch = Batch.make(config, tokens, labels, positions, documents, media, sources)
     batch.inputs.prepared()  # here, as this may be a worker of the loader
     return batch

@@ -29,6 +29,8 @@ class CrossEntropy(NamedTuple):
     total: Tensor
     nll: Tensor
     z: Tensor
+    nll_T: Tensor
+    """That of each token, without a gradient."""
 
 
 class Tiles(NamedTuple):
@@ -230,7 +232,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softcap: float,
         z_loss: float,
         tiles: Tiles | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         return cross_entropy(ctx, ScoreTiles(hidden_TD, weight_VD, labels_T, softcap, tiles), z_loss)
 
     @staticmethod
@@ -240,24 +242,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def cross_entropy(
     ctx: Any, scores: ScoreTiles, z_loss: float, over_parts: Callable[[Tensor], Tensor] = lambda sums: sums
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The forward of the fused loss, in which its gradients are made and saved.
 
     over_parts: sums a tensor over the parts of a table that is split.
     """
     gradients = LossGradients(ctx, scores.hidden_TD, scores.weight_VD)
     nll = scores.hidden_TD.new_zeros((), dtype=scores.dtype)
-    z = nll.clone()
+    z, nll_T = nll.clone(), nll.new_empty(len(scores.hidden_TD))
     for rows in scores:
         sums, labelled = over_parts(torch.stack(scores.make(rows)))
         log_z = sums.log()
-        nll += (log_z - labelled).sum()
+        nll_T[rows] = log_z - labelled
+        nll += nll_T[rows].sum()
         z += log_z.square().sum()
         if gradients.wanted:
             scores.add_gradients(rows, (1 + 2 * z_loss * log_z) / sums, torch.full_like(sums, -1.0), gradients)
     gradients.save(ctx)
-    ctx.mark_non_differentiable(nll, z)
-    return nll + z_loss * z, nll, z
+    ctx.mark_non_differentiable(nll, z, nll_T)
+    return nll + z_loss * z, nll, z, nll_T
 
 
 class _LogProbs(torch.autograd.Function):

@@ -30,6 +30,8 @@ class Loss:
     nll: Tensor
     count: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    nll_T: Tensor | None = None
+    """Its part of each supervised position, where units are positions."""
 
     def sums(self) -> dict[str, Tensor]:
         """What is reported, by name, in float64."""
@@ -72,7 +74,8 @@ class CrossEntropy:
     def __call__(self, hidden_TD: Tensor, head: Head, weight_VD: Tensor, batch: Batch) -> Loss:
         """Sums over the supervised positions, by the head's fused loss."""
         sums = head(hidden_TD, weight_VD, batch.labels_T, z_loss=self.z_loss)
-        return Loss(sums.total, sums.nll, torch.tensor(batch.kept.count), {"z": sums.z} if self.z_loss else {})
+        metrics = {"z": sums.z} if self.z_loss else {}
+        return Loss(sums.total, sums.nll, torch.tensor(batch.kept.count), metrics, sums.nll_T)
 
 
 OBJECTIVES: dict[str, Callable[[TrainConfig], Objective]] = {"cross_entropy": lambda train: CrossEntropy(train.z_loss)}

@@ -102,7 +102,9 @@ class Trainer:
         self.model = self.parallel.model
         self.optimizer = build_optimizer(self.model, config.optimizer, self.parallel.mesh.shards)
         self.objective = OBJECTIVES[config.train.objective](config.train)
-        self.engine = Engine(self.parallel, self.objective, device, config.parallel.gradient_sync)
+        self.engine = Engine(
+            self.parallel, self.objective, device, config.parallel.gradient_sync, len(self.data.sources)
+        )
         if checkpoint is not None:
             newly_trained = set(read_state(checkpoint).get("frozen", ())) - set(self.run.frozen)
             self.checkpointer.load(checkpoint, self.model, self.optimizer, newly_trained=newly_trained)
@@ -286,9 +288,10 @@ class Trainer:
         dist.all_reduce(reduced)
         named = dict(zip(sums, reduced.tolist(), strict=True))
         count = max(named.pop("count"), 1.0)
+        of_sources = self._source_metrics(named)
         means = {name: value / count for name, value in named.items()}
         load = read_balance(self.parallel.routers, self.model_config) if self.model_config.enable_moe_block else {}
-        values |= {"tokens_seen": self.progress.tokens_seen, **self._sources_seen()}
+        values |= {"tokens_seen": self.progress.tokens_seen, **of_sources}
         record = meter.record(self.progress.step, {**means, **values, **load})
         log.info(step_line(record, self.steps))
         if self._forecast_at <= self.progress.step < self.steps:
@@ -297,18 +300,20 @@ class Trainer:
         for tracker in self.trackers:
             tracker.log(record)
 
-    def _sources_seen(self) -> dict[str, float]:
-        """Tokens and epochs of each source so far, where there are several."""
+    def _source_metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """The loss of each source in this step, taken out of `sums`, its tokens and its epochs so far."""
+        found: dict[str, float] = {}
         if len(self.data.sources) < 2:
-            return {}
+            return found
         seen = self.progress.sequences_seen
         counts, epochs = self.data.turns.counts(seen), self.data.epochs(seen)
-        length = self.config.data.sequence_length
-        return {
-            f"source_{what}/{name}": value
-            for name, count, times in zip(self.data.names, counts, epochs, strict=True)
-            for what, value in (("tokens", count * length), ("epochs", round(times, 4)))
-        }
+        for source, name in enumerate(self.data.names):
+            loss, count = (sums.pop(f"source_{what}/{source}") for what in ("loss", "count"))
+            if count:
+                found[f"source_loss/{name}"] = loss / count
+            found[f"source_tokens/{name}"] = counts[source] * self.config.data.sequence_length
+            found[f"source_epochs/{name}"] = round(epochs[source], 4)
+        return found
 
     def _validate(self, meter: Meter) -> None:
         """Measure the loss on what is held out, unless told to stop."""

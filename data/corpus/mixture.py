@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from math import gcd, lcm
@@ -154,7 +154,7 @@ class Mixture(Dataset[Row]):
 
     def __getitem__(self, index: int) -> Row:
         source, index = self.turns.locate(index)
-        return self.datasets[source][index]
+        return replace(self.datasets[source][index], source=source)
 
 
 @lru_cache(maxsize=64)

@@ -120,7 +120,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         z_loss: float,
         tiles: Tiles,
         group: dist.ProcessGroup,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         scores = ScoreTiles(hidden_TD, weight_VD, local_T, softcap, tiles)
         return cross_entropy(ctx, scores, z_loss, lambda parts: all_reduced(parts, group))
 

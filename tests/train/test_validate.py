@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from data.batch import collate
 from data.corpus.dataset import PackedDataset
 from data.corpus.held_out import is_held_out
 from model import Gemma4
 from model.init import whole_slices
-from parallel.apply import build_parallel_model
+from parallel.apply import ParallelModel, build_parallel_model
 from parallel.layout import Layout, resolve_layout
 from parallel.world import World
 from tests.harness.compare import hold
 from tests.harness.corpus_files import texts
 from tests.harness.distributed import run_ranks
-from tests.harness.meshes import CPU, Case, initial_values, mesh_of, plans
+from tests.harness.meshes import CPU, Case, initial_values, mesh_of, plans, sequences
 from tests.harness.runs import overrides, records, train_on
 from train.engine import Engine
 from train.objective import CrossEntropy, cross_entropy
@@ -81,7 +83,7 @@ def test_every_mesh_measures_the_loss_of_one_process(ranks: int, held_out: Any) 
             assert validation.measure(lambda last=world.rank + 1 == world.size: not last) is None  # type: ignore[misc]
             assert all(parameter.grad is None for parameter in parallel.model.parameters())
             assert all(not router.totals.any() for router in parallel.routers)
-            found.append(measured)
+            found.append(measured | losses_of_sources(case, parallel, layout.data_rank(world.rank), layout.dp))
         return found
 
     for number, ((case, _), every) in enumerate(zip(cases, zip(*run_ranks(ranks, on_rank), strict=True), strict=True)):
@@ -91,11 +93,27 @@ def test_every_mesh_measures_the_loss_of_one_process(ranks: int, held_out: Any) 
         assert dataset.sequences_per_epoch > MOST
         with torch.no_grad():
             loss = cross_entropy(model, collate([dataset[i] for i in range(MOST)], case.config))
+            alone = [cross_entropy(model, collate(sequences(case, 0)[source::2], case.config)) for source in (0, 1)]
         expected = float(loss.nll / loss.count)
         for measured in every:
+            for source, loss in enumerate(alone):
+                assert measured.pop(f"source_count/{source}") == loss.count > 0
+                error = abs(measured.pop(f"source_loss/{source}") / float(loss.nll) - 1)
+                hold("loss of each source on meshes, float64", error, 1e-10, (number, case.layout))
             assert set(measured) == {"validation_loss", "validation_loss/a", "validation_loss/b"}
             for value in measured.values():
                 hold("validation loss on meshes, float64", abs(value / expected - 1), 1e-10, (number, case.layout))
+
+
+def losses_of_sources(case: Case, parallel: ParallelModel, rank: int, ranks: int) -> dict[str, float]:
+    """Sums over all ranks of rows that belong to one source or the other in turn."""
+    rows = [replace(row, source=number % 2) for number, row in enumerate(sequences(case, 0))]
+    own = rows[rank * len(rows) // ranks : (rank + 1) * len(rows) // ranks]
+    batches = [collate(own[: len(own) // 2], case.config), collate(own[len(own) // 2 :], case.config)]
+    sums = Engine(parallel, CrossEntropy(), CPU, num_sources=2).forward(batches)
+    reduced = torch.stack([*sums.values()])
+    dist.all_reduce(reduced)
+    return {name: float(value) for name, value in zip(sums, reduced, strict=True) if name.startswith("source_")}
 
 
 def test_measuring_changes_nothing_of_a_run(tmp_path: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 from itertools import combinations_with_replacement
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import Dataset
 
+from data.batch import Row
 from data.corpus.mixture import Mixture, Stage, Turns, shares_by_size, whole_parts
 from data.corpus.open import Settings, Source, open_data
 from model import ConfigError
@@ -18,9 +18,10 @@ from tests.harness.chat_files import TEXT_ONLY, TOKENIZER, chat, model, user, wr
 from tests.harness.runs import make_corpus
 
 
-class Numbers(Dataset[Any]):
-    def __getitem__(self, index: int) -> int:
-        return index
+class Numbers(Dataset[Row]):
+    def __getitem__(self, index: int) -> Row:
+        number = torch.tensor([index])
+        return Row(number, number, number, number)
 
 
 def test_shares_of_any_first_sequences_are_within_one_of_the_weights() -> None:
@@ -44,7 +45,9 @@ def test_weights_are_the_decimals_they_print_as() -> None:
     turns = Turns([Stage(0, [0.75, 0.25])])
     mixture = Mixture([Numbers(), Numbers()], turns)
     assert [turns.locate(i)[0] for i in range(8)] == [0, 0, 0, 1, 0, 0, 0, 1]
-    assert turns.locate(4_000_000_003) == (1, 1_000_000_000) and mixture[4_000_000_002] == 3_000_000_002
+    assert turns.locate(4_000_000_003) == (1, 1_000_000_000)
+    row = mixture[4_000_000_002]
+    assert row.tokens_S.tolist() == [3_000_000_002] and row.source == 0 and mixture[3].source == 1
     assert turns.counts(4_000_000_003) == (3_000_000_003, 1_000_000_000) and turns.length is None
     for weights, message in (
         ([1, -2], "weight of -2;"),
