@@ -12,7 +12,7 @@ from model import ConfigError, UserError
 from parallel.agree import from_all
 from parallel.torch_private import default_store
 from parallel.world import World
-from train.resolve import Resolved
+from train.resolve import Resolved, line_shape
 from train.stop_request import StopRequest
 
 log = logging.getLogger("gemwright")
@@ -21,7 +21,10 @@ log = logging.getLogger("gemwright")
 def prepare_data(run: Resolved, world: World, stop: StopRequest) -> Data:
     """Collective. Raises `UserError` for data that cannot be used, or when told to stop meanwhile."""
     data = run.config.data
-    sources = [Source(source.path, source.weight, source.format or data.format) for source in data.sources]
+    sources = [
+        Source(source.path, source.weight, source.format or data.format, line_shape(data, source))
+        for source in data.sources
+    ]
     sources = sources or [Source(data.source, 1, data.format)]
 
     def check_stop() -> None:
@@ -36,6 +39,7 @@ def prepare_data(run: Resolved, world: World, stop: StopRequest) -> Data:
         run.tokenizer,
         data.tokenizer_vocab_size,
         data.thinking,
+        line_shape(data),
         Path(data.cache) if data.cache else None,
         Policy(data.on_bad, data.strict, check_stop, verify=first),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from data.chat.shapes import AUTO, LineShape
 from data.corpus.mixture import whole_parts
 from model import ConfigError, Gemma4Config
 from model.encoders.config import ENCODERS
@@ -12,7 +13,7 @@ from model.hf.hub import resolve as resolve_weights
 from model.hf.weights import WeightsError
 from parallel.layout import AXES, Layout, micro_batch_size, resolve_layout
 from parallel.pipeline.layout import check_pipeline
-from train.config import Config, DataConfig, ModelConfig
+from train.config import Config, DataConfig, ModelConfig, SourceConfig
 from train.schedule import DEFAULT_STEPS, check_schedule
 
 
@@ -168,6 +169,7 @@ def _check_data(config: Config, model: Gemma4Config, tokenizer: Path | None) -> 
             )
     if data.sources:
         whole_parts([source.weight for source in data.sources])
+    _check_shapes(data)
     if data.sequence_length > model.max_position_embeddings:
         raise ConfigError(
             f"data.sequence_length={data.sequence_length} exceeds the model's max_position_embeddings; "
@@ -178,6 +180,28 @@ def _check_data(config: Config, model: Gemma4Config, tokenizer: Path | None) -> 
             f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} exceeds model.vocab_size; "
             f"largest legal: {model.vocab_size}."
         )
+
+
+def line_shape(data: DataConfig, source: SourceConfig | None = None) -> LineShape:
+    """How lines of conversations are written: what a source leaves unset, all data have. Raises `ConfigError`."""
+    if source is None:
+        return LineShape(data.shape, data.columns)
+    columns = data.columns if source.columns is None else source.columns
+    return LineShape(source.shape or data.shape, columns)
+
+
+def _check_shapes(data: DataConfig) -> None:
+    line_shape(data)
+    formats = [source.format or data.format for source in data.sources] or [data.format]
+    if "chat" not in formats and (data.shape != AUTO or data.columns):
+        raise ConfigError("data.shape and data.columns are for conversations; set data.format=chat, or leave them out.")
+    for index, source in enumerate(data.sources):
+        line_shape(data, source)
+        if formats[index] != "chat" and (source.shape or source.columns):
+            raise ConfigError(
+                f"data.sources[{index}] has a shape or columns, which are for conversations; set its format: chat, or "
+                "leave them out."
+            )
 
 
 def _check_pipeline(config: Config, model: Gemma4Config, layout: Layout, micro: int) -> None:

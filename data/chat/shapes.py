@@ -91,7 +91,8 @@ def _renamed(found: Mapping[str, Any], where: str, columns: Mapping[str, str]) -
     for name, column in columns.items():
         if column not in found:
             raise ConversationError(
-                f'{where} has no column "{printable(column)}", which data.columns gives as {name}; {_keys(found)}.'
+                f'{where} has no "{printable(column)}", which data.columns gives as {name} ({_keys(found)}); name another '
+                "key, mend or drop the line."
             )
     rest = {key: value for key, value in found.items() if key not in columns.values()}
     unused = {key: None for key in rest if key in columns}

@@ -12,6 +12,8 @@ from torch.utils.data import Dataset
 
 from data.batch import Row
 from data.chat.documents import ChatFormat
+from data.chat.read import ANY_SHAPE
+from data.chat.shapes import LineShape
 from data.corpus.dataset import PackedDataset
 from data.corpus.mixture import Mixture, whole_parts
 from data.corpus.prepare import Format, Policy, prepare
@@ -25,6 +27,8 @@ class Source(NamedTuple):
     path: str
     weight: float
     format: str
+    shape: LineShape | None = None
+    """How its lines of conversations are written; unset: as those of the settings."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Settings:
     tokenizer: Path | None = None
     vocab_size: int = 8192
     thinking: bool = False
+    shape: LineShape = ANY_SHAPE
+    """How lines of conversations are written."""
     cache: Path | None = None
     policy: Policy = field(default_factory=Policy)
 
@@ -44,7 +50,7 @@ class Settings:
 FORMATS: dict[str, Callable[[Settings], Format]] = {
     "text": lambda settings: TextFormat(settings.tokenizer, settings.vocab_size),
     "chat": lambda settings: ChatFormat(
-        settings.tokenizer, settings.model, settings.sequence_length, settings.thinking
+        settings.tokenizer, settings.model, settings.sequence_length, settings.thinking, settings.shape
     ),
 }
 
@@ -89,7 +95,7 @@ def open_data(sources: Sequence[Source], settings: Settings) -> Data:
     datasets, names, formats = [], [], []
     parts = whole_parts([source.weight for source in sources])
     for source, part in zip(sources, parts, strict=True):
-        formats.append(FORMATS[source.format](settings))
+        formats.append(FORMATS[source.format](replace(settings, shape=source.shape or settings.shape)))
         corpus = prepare(source.path, formats[-1], settings.cache, settings.policy)
         settings = replace(settings, tokenizer=settings.tokenizer or corpus.folder)
         datasets.append(PackedDataset(corpus, settings.sequence_length, settings.seed, settings.model))
