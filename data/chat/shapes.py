@@ -91,8 +91,8 @@ def _renamed(found: Mapping[str, Any], where: str, columns: Mapping[str, str]) -
     for name, column in columns.items():
         if column not in found:
             raise ConversationError(
-                f'{where} has no "{printable(column)}", which data.columns gives as {name} ({_keys(found)}); name another '
-                "key, mend or drop the line."
+                f'{where} has no "{printable(column)}", which data.columns gives as {name} ({_keys(found)}); name '
+                "another key, mend or drop the line."
             )
     rest = {key: value for key, value in found.items() if key not in columns.values()}
     unused = {key: None for key in rest if key in columns}
@@ -163,11 +163,12 @@ def _preference(line: Fields, chosen: Any) -> ConversationError:
     how = 'write it as the last of the line\'s messages, without "chosen" and "rejected"'
     begins = chosen[0] if isinstance(chosen, list) and chosen and isinstance(chosen[0], dict) else {}
     if begins.get("role") in ("system", "user"):
-        how = "set data.columns={messages: chosen}"
+        how = "set data.shape=messages and data.columns={messages: chosen}"
     for prompt, completion in _PROMPTS.items():
         kind = type(line.found.get(prompt))
         if type(chosen) is kind and (kind is str or (kind is list and prompt == "prompt")):
-            how = f"set data.columns={{{completion}: chosen}}"
+            shape = next(name for name, groups in _KEYS.items() if len(groups) == 2 and completion in groups[1])
+            how = f"set data.shape={shape} and data.columns={{{completion}: chosen}}"
     return ConversationError(
         f"{line.where} is a preference (chosen, rejected), from which no objective learns yet; to learn the chosen "
         f"answer alone, {how}."

@@ -79,8 +79,8 @@ class _Calls:
         if len(calls) > 1 and answers and not any(answer.get("tool_call_id") for answer in answers):
             if len(calls) != len(answers):
                 raise ConversationError(
-                    f"{self._where} begins {len(calls)} calls, which have {len(answers)} answers; give each call its "
-                    "own, in the same order, or drop the line."
+                    f"{self._where} begins {len(calls)} calls, but the answers number {len(answers)}; give each call "
+                    "its own, in the same order, or drop the line."
                 )
             for i, (call, answer) in enumerate(zip(calls, answers, strict=True)):
                 call["id"] = answer["tool_call_id"] = str(i)
