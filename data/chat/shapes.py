@@ -1,6 +1,6 @@
 """Which of the known shapes a line of JSON has, and the line as {"messages": [...]} or {"text": "..."}.
 
-| shape | keys of a line, of names with a bar between them one |
+| shape | keys of a line, those that it may lack after a semicolon |
 |---|---|
 | messages | messages |
 | sharegpt | conversations or conversation, of {from, value} or {human, assistant} |
