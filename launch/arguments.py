@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def parse(schema: type[T], arguments: list[str], words: str | None = None) -> T:
-    """A `schema` from KEY=VALUE texts. A list field takes its key once for each item.
+    """A `schema` from KEY=VALUE texts. A list field takes its key once for each item, a dict {NAME: TEXT, ...}.
 
     words: the list field that takes what has no key. A field's metadata may have `choices`, the texts that are legal.
     Raises `UserError` for an unknown key, a wrong type, or a field without default that is not given.
@@ -74,8 +74,17 @@ def _convert(key: str, text: str, hint: Any) -> Any:
         if text.lower() not in ("true", "false"):
             raise UserError(f"{key}={text} has the wrong type; {key} is true or false.")
         return text.lower() == "true"
+    if get_origin(hint) is dict:
+        return _texts_by_name(key, text)
     try:
         return kind(text)
     except ValueError:
         what = {int: "a whole number", float: "a number"}[kind]
         raise UserError(f"{key}={text} has the wrong type; {key} is {what}.") from None
+
+
+def _texts_by_name(key: str, text: str) -> dict[str, str]:
+    pairs = [item.partition(":") for item in text.removeprefix("{").removesuffix("}").split(",")]
+    if text[:1] + text[-1:] != "{}" or not all(name.strip() and item.strip() for name, _, item in pairs):
+        raise UserError(f"{key}={text} has the wrong type; {key} is {{NAME: TEXT, ...}}.")
+    return {name.strip(): item.strip() for name, _, item in pairs}

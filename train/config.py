@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+from data.chat.shapes import AUTO, SHAPES
 from data.corpus.open import FORMATS
 from data.corpus.reading import ON_BAD
 from model import Gemma4Config
@@ -86,6 +87,10 @@ class SourceConfig:
     """Most times that it is used; after that the others share its part."""
     max_tokens: int | None = at_least(None, 1)
     """Most tokens that are taken of it, padding included; after that the others share its part."""
+    shape: str | None = one_of(None, AUTO, *SHAPES)
+    """unset: data.shape"""
+    columns: dict[str, str] | None = None
+    """unset: data.columns"""
 
 
 @dataclass
@@ -114,6 +119,10 @@ class DataConfig:
     """Other weights of data.sources from a step on: [{step: 9000, weights: [1, 4]}]"""
     format: str = one_of("text", *FORMATS)
     """text | chat (.jsonl lines {"messages": [...]} of conversations, with their media)"""
+    shape: str = one_of(AUTO, AUTO, *SHAPES)
+    """chat: auto (each line by its keys) | messages | sharegpt | alpaca | query | completion | gemini | text"""
+    columns: dict[str, str] = field(default_factory=dict)
+    """chat: names that a shape gives its keys, with those that the lines have, as {output: best_answer}."""
     thinking: bool = False
     """chat: render conversations with thinking switched on."""
     tokenizer: str | None = None

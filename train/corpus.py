@@ -13,7 +13,7 @@ from model import ConfigError, UserError
 from parallel.agree import from_all
 from parallel.torch_private import default_store
 from parallel.world import World
-from train.resolve import Resolved
+from train.resolve import Resolved, line_shape
 from train.stop_request import StopRequest
 
 log = logging.getLogger("gemwright")
@@ -23,7 +23,7 @@ def prepare_data(run: Resolved, world: World, stop: StopRequest) -> Data:
     """Collective. Raises `UserError` for data that cannot be used, or when told to stop meanwhile."""
     data = run.config.data
     sources, validation = (
-        [Source(s.path, s.weight, s.format or data.format, s.epochs, s.max_tokens) for s in given]
+        [Source(s.path, s.weight, s.format or data.format, s.epochs, s.max_tokens, line_shape(data, s)) for s in given]
         for given in (data.sources, data.validation)
     )
     sources = sources or [Source(data.source, 1, data.format)]
@@ -40,6 +40,7 @@ def prepare_data(run: Resolved, world: World, stop: StopRequest) -> Data:
         run.tokenizer,
         data.tokenizer_vocab_size,
         data.thinking,
+        line_shape(data),
         Path(data.cache) if data.cache else None,
         Policy(data.on_bad, data.strict, check_stop, verify=first),
         data.held_out,

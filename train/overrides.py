@@ -24,6 +24,8 @@ CONFIG_FOLDER = Path(configs.__file__).parent
 GROUPS = ("variant",)
 PATHS = ("run.dir", "run.resume", "model.weights", "data.source", "data.tokenizer", "data.cache")
 """Keys whose values are paths: taken as they are written, a leading `~` is the home folder."""
+MAPPINGS = {"data.columns": "output"}
+"""Sections in which the keys are a user's, each with an example."""
 _FILES = "keys of your own go into a file that is given by its name, as in: train/main.py mine.yaml train.steps=3."
 _OPTIONS = {
     **dict.fromkeys(("--config-dir", "-cd", "--config-path", "-cp"), f"there is no config folder to name; {_FILES}"),
@@ -119,10 +121,12 @@ def _checked(override: Override) -> list[str]:
             raise ConfigError(f"{key}={override.value()} does not exist; nearest: {near} (all: {', '.join(names)}).")
         return [f"+{key}={override.value()}"]
     keys = dict(leaves(Config))
-    if any(name.startswith(f"{key}.") for name in keys):
+    if key.rpartition(".")[0] in MAPPINGS:
+        return [f"++{text.lstrip('+')}"]
+    if key in MAPPINGS or any(name.startswith(f"{key}.") for name in keys):
         value = override.value()
         if not isinstance(value, dict):
-            example = next(name for name in keys if name.startswith(f"{key}."))
+            example = f"{key}.{MAPPINGS[key]}" if key in MAPPINGS else next(n for n in keys if n.startswith(f"{key}."))
             raise ConfigError(f"{key} is a section, not a key; set its keys, as in {example}=....")
         inner = [f"{name}={_written(item)}" for name, item in _leaves_of(value, f"{key}.")]
         return [text for each in _parse(inner) for text in _checked(each)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from data.chat.shapes import AUTO, LineShape
 from data.corpus.mixture import whole_parts
 from model import ConfigError, Gemma4Config
 from model.encoders.config import ENCODERS
@@ -177,6 +178,9 @@ def _check_data(config: Config, model: Gemma4Config, tokenizer: Path | None) -> 
                 )
     if data.held_out >= 1:
         raise ConfigError(f"data.held_out={data.held_out} is a share of the documents; give one below 1, as 0.01.")
+    if data.sources:
+        whole_parts([source.weight for source in data.sources])
+    _check_shapes(data)
     if data.sequence_length > model.max_position_embeddings:
         raise ConfigError(
             f"data.sequence_length={data.sequence_length} exceeds the model's max_position_embeddings; "
@@ -212,6 +216,29 @@ def _check_mixture(data: DataConfig) -> None:
         raise ConfigError("data.weight_schedule has weights of 0 alone; give one source a number above 0.")
     if data.temperature is not None and data.temperature <= 0:
         raise ConfigError(f"data.temperature={data.temperature} must be above 0; usual: 1 to 5.")
+
+
+def line_shape(data: DataConfig, source: SourceConfig | None = None) -> LineShape:
+    """How lines of conversations are written: what a source leaves unset, all data have. Raises `ConfigError`."""
+    if source is None:
+        return LineShape(data.shape, data.columns)
+    columns = data.columns if source.columns is None else source.columns
+    return LineShape(source.shape or data.shape, columns)
+
+
+def _check_shapes(data: DataConfig) -> None:
+    line_shape(data)
+    sources = {f"data.sources[{index}]": source for index, source in enumerate(data.sources)}
+    sources |= {f"data.validation[{index}]": source for index, source in enumerate(data.validation)}
+    formats = [source.format or data.format for source in sources.values()]
+    if "chat" not in (formats if data.sources else [*formats, data.format]) and (data.shape != AUTO or data.columns):
+        raise ConfigError("data.shape and data.columns are for conversations; set data.format=chat, or leave them out.")
+    for (name, source), form in zip(sources.items(), formats, strict=True):
+        line_shape(data, source)
+        if form != "chat" and (source.shape or source.columns):
+            raise ConfigError(
+                f"{name} has a shape or columns, which are for conversations; set its format: chat, or leave them out."
+            )
 
 
 def _check_pipeline(config: Config, model: Gemma4Config, layout: Layout, micro: int) -> None:

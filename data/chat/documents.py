@@ -1,7 +1,8 @@
 """Conversations as a kind of corpus, each a document that is packed whole.
 
-A source is .jsonl of {"messages": [...]}, with "tools" and flags if wanted, or {"text": "..."}. A media part names a
-local file, {"type": "image", "path": "cat.png"}; a relative path starts at the folder of its .jsonl.
+A source is .jsonl of {"messages": [...]}, with "tools" and flags if wanted, {"text": "..."}, or another shape of
+`data.chat.shapes`. A media part names a local file, {"type": "image", "path": "cat.png"}; a relative path starts at the
+folder of its .jsonl.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from tokenizers import Tokenizer
 
 from data.chat.encode import Encoded, check_text, encode_text, expand, marked, tokenise_all, truncate
 from data.chat.media import media_paths
-from data.chat.read import Conversation, ConversationError, PlainText, located, parse_line
+from data.chat.read import ANY_SHAPE, Conversation, ConversationError, PlainText, located, parse_line
 from data.chat.render import NEWEST, Rendered
+from data.chat.shapes import LineShape
 from data.chat.template import template_size
 from data.corpus.counts import add
 from data.corpus.held_out import hash_of, without_paths
@@ -37,7 +39,7 @@ from model import ConfigError, Gemma4Config, UserError
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """Conversations as this model reads them; `thinking` turns thinking on in every line.
+    """Conversations as this model reads them; `thinking` turns thinking on in every line; `shape` is that of lines.
 
     A conversation of more than `sequence_length` tokens is cut to whole turns; one with nothing supervised, or only
     beyond that, is left out. Media files are read to learn their sizes, and kept by name and digest.
@@ -47,6 +49,7 @@ class ChatFormat:
     config: Gemma4Config
     sequence_length: int
     thinking: bool = False
+    shape: LineShape = ANY_SHAPE
     packing = Whole
     noun = "conversations"
     fix = "give conversations with an assistant, or raise data.sequence_length"
@@ -69,7 +72,7 @@ class ChatFormat:
         """All that the tokens depend on besides the contents of files, as a text for the cache's key."""
         sees = self.config.vision is not None
         settings = f"{NEWEST}/{template_size(self.config)}/{self.flags}/{self.sequence_length}/{sees}"
-        return f"{settings}/{self.processor}"
+        return f"{settings}/{self.processor}/{self.shape}"
 
     def make_tokenizer(self, reading: Reading) -> Tokenizer:
         """The model's own tokenizer. Raises `ConfigError` without one, since none is trained for conversations."""
@@ -105,7 +108,9 @@ class _Work:
         reading, chats = Reading([]), list[_Chat]()
         for where, value in values_of(lines, reading):
             with reading.forgiving():
-                chats.append(self._open(parse_line(value, where), lines.path.parent.absolute(), root))
+                item = parse_line(value, where, self.format.shape)
+                chats.append(self._open(item, lines.path.parent.absolute(), root))
+                add(reading.counts.shapes, [item.shape])
         self.measured.fill((file.kind, file.path) for chat in chats for file in chat.files)
         reading.media |= {file.path.resolve() for chat in chats for file in chat.files}
         tokens = _tokens(chats, self.measured, self.tokenizer, reading)

@@ -31,15 +31,26 @@ class Fields:
     unused: dict[str, None]
     """Keys that nothing reads, of the line and of what is in it, in order; shared by all objects of a line."""
     taken: set[str] = field(default_factory=set)
+    places: Mapping[str, str] = field(default_factory=dict)
+    """Places that the user's line calls otherwise, with what it calls them; shared by all objects of a line."""
 
     @property
     def where(self) -> str:
         """File, line and place."""
-        return f"{self.line}: {self.place}" if self.place else self.line
+        return f"{self.line}: {self.named(self.place)}" if self.place else self.line
 
     def at(self, place: str) -> str:
         """File, line and place of something in this object."""
-        return f"{self.line}: {self._path(place)}"
+        return f"{self.line}: {self.named(self._path(place))}"
+
+    def named(self, path: str) -> str:
+        """What the user's line calls a place of it."""
+        end = len(path)
+        while end > 0:
+            if path[:end] in self.places:
+                return self.places[path[:end]] + path[end:]
+            end = max(path.rfind(mark, 0, end) for mark in ".[ ")
+        return path
 
     def take(self, key: str) -> Any:
         """The value of a key that is now read; None without it."""
@@ -57,7 +68,7 @@ class Fields:
     def inside(self, value: Any, place: str, legal: str) -> Fields:
         """The object at a place in this one, such as "content[2]". Raises `ConversationError` if it is none."""
         self.check(isinstance(value, Mapping), place, legal)
-        return Fields(value, self.line, self._path(place), self.unused)
+        return Fields(value, self.line, self._path(place), self.unused, places=self.places)
 
     def check(self, fine: bool, place: str, legal: str) -> None:
         """Raises `ConversationError`, which says that something in this object must be `legal`, unless it is `fine`."""
@@ -66,7 +77,7 @@ class Fields:
 
     def drop(self, key: str) -> None:
         """Name something that nothing reads, alike in any line."""
-        self.unused[re.sub(r"\[\d+\]", "[]", self._path("")) + key] = None
+        self.unused[re.sub(r"\[\d+\]", "[]", self.named(self._path(key)))] = None
 
     def close(self) -> None:
         """Name every key that was not taken."""

@@ -1,8 +1,9 @@
-"""Shapes of conversations that others write and nothing here reads, and what to write instead."""
+"""Roles and keys that others write: what each role means here, and what to write instead of a key that is not read."""
 
 from __future__ import annotations
 
 from difflib import get_close_matches
+from typing import Any
 
 from data.chat.fields import ConversationError, Fields, shown
 
@@ -16,23 +17,15 @@ _OTHER_ROLES = {
     "bot": "assistant",
     "chatbot": "assistant",
     "chatgpt": "assistant",
+    "bing": "assistant",
     "agent": "assistant",
     "ai": "assistant",
     "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
     "observation": "tool",
     "ipython": "tool",
     "instruction": "system",
-}
-_MESSAGES = '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}'
-_SHAPES = {
-    ("conversations",): ("ShareGPT", "with role for from, content for value, user for human, assistant for gpt"),
-    ("conversation",): ("ShareGPT", "with role for from, content for value, user for human, assistant for gpt"),
-    ("instruction",): ("Alpaca", "with instruction and input as the user's content, output as the assistant's"),
-    ("prompt", "completion"): ("a prompt with its completion", "with the prompt as user, the completion as assistant"),
-    ("prompt", "response"): ("a prompt with its response", "with the prompt as user, the response as assistant"),
-    ("question", "answer"): ("a question with its answer", "with the question as user, the answer as assistant"),
-    ("chosen", "rejected"): ("a preference", "with the chosen answer as assistant; nothing learns from rejected ones"),
-    ("contents",): ("the Gemini API", "with content for parts"),
 }
 _PART = 'make it a part of the content, as {"type": "image", "path": "cat.png"}'
 _IN_MESSAGES = {
@@ -57,12 +50,10 @@ _IN_TOOLS = {"input_schema": 'rename it to "parameters"'}
 _WITH_MESSAGES = ("system", "tools", "functions", "images", "videos", "audios", "image", "video", "audio")
 
 
-def refuse_shape(line: Fields) -> ConversationError:
-    """The error for a line that has neither messages nor a text; it names the shape if that is known."""
-    for keys, (name, how) in _SHAPES.items():
-        if all(key in line.found for key in keys):
-            return ConversationError(f"{line.where} has the shape of {name}; write it as {_MESSAGES}, {how}.")
-    return ConversationError(f'{line.where} has neither a "messages" list nor a "text" string; mend or drop the line.')
+def role_of(name: Any) -> Any:
+    """The role that is meant by a name of another shape; any other value as it is."""
+    known = name.lower() if isinstance(name, str) else ""
+    return known if known in ROLES else _OTHER_ROLES.get(known, name)
 
 
 def refuse_in_line(line: Fields) -> None:
@@ -96,14 +87,15 @@ def check_role(message: Fields) -> str:
     if not isinstance(role, str):
         if "from" in message.found:
             raise ConversationError(
-                f'{message.where} has "from" and "value", as ShareGPT writes them; rename them to role and content.'
+                f'{message.where} has "from" and "value", as ShareGPT writes them; rename them to role and content'
+                + (", or set data.columns={conversations: messages}." if not message.places else ".")
             )
         raise ConversationError(f"{message.where} must be an object with a role; mend or drop the line.")
     if role not in ROLES:
         known = get_close_matches(role.lower(), ROLES, 1)
         nearest = _OTHER_ROLES.get(role.lower()) or (known[0] if known else "")
         raise ConversationError(
-            f"{message.where}.role is {shown(role)}, which is no role; legal: {', '.join(ROLES)}"
+            f"{message.at('role')} is {shown(role)}, which is no role; legal: {', '.join(ROLES)}"
             + (f"; nearest: {nearest}." if nearest else ".")
         )
     return role

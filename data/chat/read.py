@@ -5,23 +5,25 @@ Whatever a line holds is read, or refused because its loss would change what is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from data.chat.fields import ConversationError, Fields
-from data.chat.foreign import refuse_in_line, refuse_in_text, refuse_shape
+from data.chat.foreign import refuse_in_line, refuse_in_text
 from data.chat.media import place_media
 from data.chat.messages import SYSTEM, read_messages, read_tools
 from data.chat.render import Rendered, render
+from data.chat.shapes import LineShape, canonical
 from data.corpus.reading import Reading
 from data.corpus.sources import read_lines
 from model.errors import UserError
 
 FLAGS = ("enable_thinking", "preserve_thinking", "add_generation_prompt", "continue_final_message")
 """Arguments of `render` that a line of a conversation file may set."""
+ANY_SHAPE = LineShape()
 _TEMPLATE_FLAGS = ("enable_thinking", "preserve_thinking")
 """Flags that "chat_template_kwargs" of a line may set too."""
 
@@ -35,6 +37,7 @@ class PlainText:
     text: str
     unused: tuple[str, ...] = ()
     """Keys of the line that nothing reads."""
+    shape: ClassVar[str] = "text"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Conversation:
     flags: dict[str, Any]
     unused: tuple[str, ...] = ()
     """Keys of the line, and of what is in it, that nothing reads."""
+    shape: str = "messages"
+    """How the line was written, by its name in `data.chat.shapes`."""
 
     def render(self, size: str, **flags: Any) -> Rendered:
         """`flags` win over those of the line. Raises `ConversationError` where `data.chat.render.render` refuses."""
@@ -64,33 +69,35 @@ def located(where: str) -> Iterator[None]:
         raise ConversationError(f"{where}: {error}") from None
 
 
-def read_conversations(files: Iterable[Path]) -> Iterator[Conversation | PlainText]:
+def read_conversations(files: Iterable[Path], shape: LineShape = ANY_SHAPE) -> Iterator[Conversation | PlainText]:
     """One per line of JSONL: {"messages": [...]}, with "tools" and any of `FLAGS` if wanted, or {"text": "..."}.
 
-    Raises `UserError` for a line that is neither, and for contents that would be lost or learned against their meaning.
+    Lines of the other shapes of `data.chat.shapes` are read as if they were written so. Raises `UserError` for a line
+    of no shape, and for contents that would be lost or learned against their meaning.
     """
     for path in files:
         reading = Reading([path])
         for where, found in read_lines(path, reading):
-            yield parse_line(found, where)
+            yield parse_line(found, where, shape)
         reading.finish()
 
 
-def parse_line(found: Any, where: str) -> Conversation | PlainText:
-    """What one line of JSON holds; `where` is its file and line. Raises `ConversationError` for neither kind."""
-    line = Fields(found if isinstance(found, dict) else {}, where, "", {})
-    messages, text = line.take("messages"), line.found.get("text")
-    if isinstance(messages, list):
-        return _conversation(line, messages)
-    if isinstance(text, str) and messages is None:
-        line.take("text")
-        refuse_in_text(line)
-        line.close()
-        return PlainText(where, text, tuple(line.unused))
-    raise refuse_shape(line)
+def parse_line(found: Any, where: str, shape: LineShape = ANY_SHAPE) -> Conversation | PlainText:
+    """What one line of JSON holds; `where` is its file and line. Raises `ConversationError` for what is of no shape."""
+    name, line = canonical(found, where, shape)
+    if name != PlainText.shape:
+        return _conversation(line, name)
+    text = line.take("text")
+    line.check(isinstance(text, str), "text", "a string")
+    refuse_in_text(line)
+    if line.found.get("messages") is None:
+        line.take("messages")
+    line.close()
+    return PlainText(where, text, tuple(line.unused))
 
 
-def _conversation(line: Fields, found: Sequence[Any]) -> Conversation:
+def _conversation(line: Fields, shape: str) -> Conversation:
+    found = line.take_list("messages", "a list of messages")
     flags = _flags(line)
     tools = read_tools(line)
     system = line.take("system") or ""
@@ -104,7 +111,7 @@ def _conversation(line: Fields, found: Sequence[Any]) -> Conversation:
     if line.found.get("text") is None:
         line.take("text")
     line.close()
-    return Conversation(line.where, messages, tools, flags, tuple(line.unused))
+    return Conversation(line.where, messages, tools, flags, tuple(line.unused), shape)
 
 
 def _flags(line: Fields) -> dict[str, bool]:

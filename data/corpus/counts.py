@@ -32,6 +32,8 @@ class Counts:
     """Files that are read although another has the same bytes."""
     media: dict[str, int] = field(default_factory=dict)
     """What was left out of pictures, sounds and videos."""
+    shapes: dict[str, int] = field(default_factory=dict)
+    """Lines of conversations by the shape in which they are written."""
 
     @classmethod
     def read(cls, found: Mapping[str, Any]) -> Counts:
@@ -61,6 +63,11 @@ class Counts:
         parts = ((self.keys, "keys of lines"), (self.files, "files"), (self.media, "media"))
         return "; ".join(f"{what}: {_listed(found)}" for found, what in parts if found)
 
+    def lines(self) -> str:
+        """How many lines were read as which shape, the most first."""
+        numbers = [f"{count:,} of {shape}" for shape, count in _by_number(self.shapes)]
+        return ", ".join(numbers).replace(" of ", " lines of ", 1)
+
     def __str__(self) -> str:
         out = (
             (self.too_long, "too long"),
@@ -82,6 +89,10 @@ def add(counts: dict[str, int], names: Iterable[str], number: int = 1) -> None:
 
 
 def _listed(counts: Mapping[str, int]) -> str:
-    common = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    common = _by_number(counts)
     named = ", ".join(f"{name} ({count:,})" for name, count in common[:_NAMED])
     return named + (f" and {len(common) - _NAMED} more" if len(common) > _NAMED else "")
+
+
+def _by_number(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))

@@ -16,6 +16,8 @@ from torch.utils.data import Dataset
 
 from data.batch import Row
 from data.chat.documents import ChatFormat
+from data.chat.read import ANY_SHAPE
+from data.chat.shapes import LineShape
 from data.corpus.dataset import PackedDataset
 from data.corpus.held_out import is_held_out
 from data.corpus.mixture import Mixture, Stage, Turns, shares_by_size, whole_parts
@@ -34,6 +36,8 @@ class Source(NamedTuple):
     """Most times that it is used."""
     max_tokens: int | None = None
     """Most tokens that are taken of it, with the padding of their sequences."""
+    shape: LineShape | None = None
+    """How its lines of conversations are written; unset: as those of the settings."""
 
     @property
     def name(self) -> str:
@@ -60,6 +64,8 @@ class Settings:
     tokenizer: Path | None = None
     vocab_size: int = 8192
     thinking: bool = False
+    shape: LineShape = ANY_SHAPE
+    """How lines of conversations are written."""
     cache: Path | None = None
     policy: Policy = field(default_factory=Policy)
     held_out: float = 0.0
@@ -75,7 +81,7 @@ class Settings:
 FORMATS: dict[str, Callable[[Settings], Format]] = {
     "text": lambda settings: TextFormat(settings.tokenizer, settings.vocab_size),
     "chat": lambda settings: ChatFormat(
-        settings.tokenizer, settings.model, settings.sequence_length, settings.thinking
+        settings.tokenizer, settings.model, settings.sequence_length, settings.thinking, settings.shape
     ),
 }
 
@@ -157,7 +163,7 @@ def open_data(sources: Sequence[Source], settings: Settings) -> Data:
     formats: list[Format] = []
     corpora: list[Corpus] = []
     for source in [*sources, *settings.validation]:
-        formats.append(FORMATS[source.format](settings))
+        formats.append(FORMATS[source.format](replace(settings, shape=source.shape or settings.shape)))
         corpora.append(prepare(source.path, formats[-1], settings.cache, settings.policy))
         settings = replace(settings, tokenizer=settings.tokenizer or corpora[0].folder)
     _check_vocabulary(corpora[0].shard.vocab_size, settings.model)

@@ -89,6 +89,8 @@ def prepare(source: str, format: Format, cache: Path | None = None, policy: Poli
     twice = len(found.files) - len({digests.of(path) for path in found.files})
     shard.counts = replace(shard.counts, files=shard.counts.files | found.passed_over, twice=twice)
     digests.save()
+    if shard.counts.shapes:
+        log.info("%s: %s", source, shard.counts.lines())
     _check_counts(source, shard.counts, policy)
     tokenizer = load_tokenizer(folder)
     format.check(tokenizer)

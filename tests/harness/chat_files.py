@@ -54,6 +54,11 @@ def chat(*messages: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"messages": messages, **more}
 
 
+def from_value(*turns: str) -> list[dict[str, str]]:
+    """Messages as ShareGPT writes them, each given as its role and its text."""
+    return [{"from": turn.partition(" ")[0], "value": turn.partition(" ")[2]} for turn in turns]
+
+
 def write(folder: Path, lines: Iterable[dict[str, Any]]) -> None:
     (folder / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 

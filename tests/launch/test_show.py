@@ -71,6 +71,31 @@ def test_files_sizes_and_thinking(run: Any, tmp_path: Path) -> None:
     )
 
 
+def test_lines_of_other_shapes_are_shown_as_they_are_learned(run: Any, tmp_path: Path) -> None:
+    lines = [
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
+        {"instruction": "Say", "input": "it", "output": "so"},
+        {"prompt": "One", "completion": "two"},
+        {"query": "Three", "response": "four"},
+        {"contents": [{"role": "user", "parts": [{"text": "Five"}]}, {"role": "model", "parts": [{"text": "six"}]}]},
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    learned = re.compile(f"{LEFT}(.*?){RIGHT}")
+    answers = [f"{answer}<turn|>" for answer in ("Ho", "so", "two", "four", "six")]
+    assert learned.findall(run(f"file={path}", "color=false")) == answers
+    path.write_text(json.dumps({"ask": "Hi", "say": "Ho", "text": "Hi Ho"}))
+    columns = "columns={query: ask, response: say}"
+    assert learned.findall(run(f"file={path}", "color=false", columns, "shape=query")) == ["Ho<turn|>"]
+    for bad, said in (
+        ("shape=quary", "shape=quary does not exist; nearest: query"),
+        ("columns={query ask}", "columns={query ask} has the wrong type; columns is {NAME: TEXT, ...}."),
+        (columns, "chats.jsonl:1 can be read as query (ask, say) and as text (text); set data.shape=query or data"),
+    ):
+        with pytest.raises(SystemExit, match=re.escape(said)):
+            run(f"file={path}", bad)
+
+
 def test_errors_are_one_line(run: Any, tmp_path: Path) -> None:
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "see <|image|>"}]}), encoding="utf-8")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from data.chat.shapes import LineShape
 from model import ConfigError
 from model.variants import VARIANT_NAMES
 from train.load_config import load_config
 from train.overrides import CONFIG_FOLDER
-from train.resolve import resolve
+from train.resolve import line_shape, resolve
 
 
 def test_no_arguments_is_the_tiny_model() -> None:
@@ -45,6 +46,17 @@ def test_sources_are_mixed_or_one() -> None:
         resolve(load_config([both, "data.source=texts"]), 1)
 
 
+def test_a_source_has_a_shape_and_columns_of_its_own_or_those_of_all() -> None:
+    own = "data.sources=[{path: a, shape: query}, {path: b, columns: {output: best}}, {path: c, columns: {}}]"
+    data = load_config([own, "data.format=chat", "data.shape=alpaca", "data.columns={instruction: q, output: r}"]).data
+    assert [line_shape(data, source) for source in (None, *data.sources)] == [
+        LineShape("alpaca", {"instruction": "q", "output": "r"}),
+        LineShape("query", {"instruction": "q", "output": "r"}),
+        LineShape("alpaca", {"output": "best"}),
+        LineShape("alpaca", {}),
+    ]
+
+
 BAD = [
     ("train.stepz=3", "train.stepz is no config key; nearest: train.steps."),
     ("+train.stepz=3", "train.stepz is no config key; nearest: train.steps."),
@@ -77,6 +89,18 @@ BAD = [
     ("data.sources=[{path: a, weight: 1}, {path: b, weight: 0}]", "a weight of 0.0; give a number above 0."),
     ("data.sources=[{path: a}, {weight: 2}]", "data.sources[1] has no path; name a file"),
     ("data.sources=[{path: a, format: chta}]", "data.sources[0].format=chta does not exist; nearest: chat (all"),
+    (
+        "data.sources=[{path: a, format: chat, shape: alpca}]",
+        "data.sources[0].shape=alpca does not exist; nearest: al",
+    ),
+    ("data.sources=[{path: a, format: chat, columns: {outptu: b}}]", "columns={outptu: b} names nothing that is read;"),
+    ("data.sources=[{path: a, shape: query}]", "data.sources[0] has a shape or columns, which are for conversations;"),
+    (
+        "data.columns={output: b}",
+        "data.shape and data.columns are for conversations; set data.format=chat, or",
+    ),
+    ("data.shape=query", "data.shape and data.columns are for conversations; set data.format=chat, or leave them out."),
+    ("data.columns=output", "data.columns is a section, not a key; set its keys, as in data.columns.output=...."),
     ("data.sources=a", "data.sources: "),
     ("nonsense", "is not KEY=VALUE"),
     ("~train.steps", "a run takes plain KEY=VALUE."),

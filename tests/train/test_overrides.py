@@ -27,6 +27,17 @@ def test_a_section_is_its_keys() -> None:
         load_config(["train=3"])
 
 
+def test_columns_are_a_section_whose_keys_are_the_users(tmp_path: Path) -> None:
+    columns = {"instruction": "the question", "output": "3"}
+    whole = load_config(["data.columns={instruction: the question, output: 3}"])
+    assert whole.data.columns == columns
+    assert (
+        load_config(["data={columns: {output: 3}}", "+data.columns.instruction=the question"]).data.columns == columns
+    )
+    (tmp_path / "config.yaml").write_text(printed(whole))
+    assert load_config([str(tmp_path / "config.yaml")]) == whole
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [

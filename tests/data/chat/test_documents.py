@@ -69,7 +69,7 @@ def test_long_ones_are_cut_and_those_without_a_label_left_out(tmp_path: Path) ->
         {"text": "film " * 200},
     ]
     corpus = make(files, lines, E4B, sequence_length=110)
-    assert corpus.shard.counts == Counts(kept=4, cut=2, too_long=1, unsupervised=1)
+    assert corpus.shard.counts == Counts(kept=4, cut=2, too_long=1, unsupervised=1, shapes={"messages": 5, "text": 1})
     assert json.loads((corpus.folder / "meta.json").read_text())["counts"]["too_long"] == 1
     assert str(corpus.shard.counts) == "2 cut; left out: 1 too long, 1 with nothing supervised"
     items = [media_processor(E4B).image(files / "cat.png")] * 2
