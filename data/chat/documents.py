@@ -1,7 +1,8 @@
 """Conversations as a kind of corpus, each a document that is packed whole.
 
-A source is .jsonl of {"messages": [...]}, with "tools" and flags if wanted, or {"text": "..."}. A media part names a
-local file, {"type": "image", "path": "cat.png"}; a relative path starts at the folder of its .jsonl.
+A source is records of {"messages": [...]}, with "tools" and flags if wanted, or {"text": "..."}, in .jsonl or any
+other of `data.containers`. A media part names a local file, {"type": "image", "path": "cat.png"}; a relative path
+starts at the folder of the file that holds the record.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from data.chat.media import media_paths
 from data.chat.read import Conversation, ConversationError, PlainText, located, parse_line
 from data.chat.render import NEWEST, Rendered
 from data.chat.template import template_size
+from data.containers.records import RECORDS, Batch, records_of
 from data.corpus.counts import add
 from data.corpus.packing import Whole
 from data.corpus.reading import Reading
 from data.corpus.shards import Document
-from data.corpus.sources import Lines, SourceFiles, lines_of, source_files, values_of
+from data.corpus.sources import SourceFiles, source_files
 from data.media.files import MediaFile, check_media_tokens, digest, measure, media_processor
 from data.media.process import MediaItem, MediaProcessor
 from data.tokenizer import load_tokenizer
@@ -60,8 +62,8 @@ class ChatFormat:
         return {"enable_thinking": True} if self.thinking else {}
 
     def files(self, source: str) -> SourceFiles:
-        """The .jsonl files that a source names. Raises `SourceError` if there are none."""
-        return source_files(source, (".jsonl",))
+        """The files of records that a source names. Raises `SourceError` if there are none."""
+        return source_files(source, RECORDS)
 
     def settings(self) -> str:
         """All that the tokens depend on besides the contents of files, as a text for the cache's key."""
@@ -83,27 +85,27 @@ class ChatFormat:
 
     def documents(self, tokenizer: Tokenizer, reading: Reading) -> Iterator[Document]:
         """Conversations as tokens, cut to whole turns where they are too long; `reading` learns what was left out."""
-        lines = ((root, found) for root, path in enumerate(reading.files) for found in lines_of(path, reading))
-        for documents, part in in_order(_Work(self, tokenizer), lines, reading.check_stop):
+        batches = ((root, found) for root, path in enumerate(reading.files) for found in records_of(path, reading))
+        for documents, part in in_order(_Work(self, tokenizer), batches, reading.check_stop):
             reading.add(part)
             yield from documents
         reading.finish()
 
 
 class _Work:
-    """Makes documents of lines: a callable, so that other processes can do it."""
+    """Makes documents of records: a callable, so that other processes can do it."""
 
     def __init__(self, format: ChatFormat, tokenizer: Tokenizer) -> None:
         self.format, self.tokenizer = format, tokenizer
         self.measured = _Measured(format.processor, format.config)
 
-    def __call__(self, task: tuple[int, Lines]) -> tuple[list[Document], Reading]:
-        """The documents of lines of the file that has this number, and what was counted."""
-        root, lines = task
+    def __call__(self, task: tuple[int, Batch]) -> tuple[list[Document], Reading]:
+        """The documents of records of the file that has this number, and what was counted."""
+        root, batch = task
         reading, chats = Reading([]), list[_Chat]()
-        for where, value in values_of(lines, reading):
+        for where, value in batch.values(reading):
             with reading.forgiving():
-                chats.append(self._open(parse_line(value, where), lines.path.parent.absolute(), root))
+                chats.append(self._open(parse_line(value, where), batch.path.parent.absolute(), root))
         self.measured.fill((file.kind, file.path) for chat in chats for file in chat.files)
         reading.media |= {file.path.resolve() for chat in chats for file in chat.files}
         tokens = _tokens(chats, self.measured, self.tokenizer, reading)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.chat.fields import ConversationError, Fields
+from data.chat.fields import ConversationError, Fields, unfolded
 from data.chat.foreign import refuse_in_line, refuse_in_text, refuse_shape
 from data.chat.media import place_media
 from data.chat.messages import SYSTEM, read_messages, read_tools
 from data.chat.render import Rendered, render
+from data.containers.records import read_records
 from data.corpus.reading import Reading
-from data.corpus.sources import read_lines
 from model.errors import UserError
 
 FLAGS = ("enable_thinking", "preserve_thinking", "add_generation_prompt", "continue_final_message")
@@ -71,14 +71,14 @@ def read_conversations(files: Iterable[Path]) -> Iterator[Conversation | PlainTe
     """
     for path in files:
         reading = Reading([path])
-        for where, found in read_lines(path, reading):
+        for where, found in read_records(path, reading):
             yield parse_line(found, where)
         reading.finish()
 
 
 def parse_line(found: Any, where: str) -> Conversation | PlainText:
     """What one line of JSON holds; `where` is its file and line. Raises `ConversationError` for neither kind."""
-    line = Fields(found if isinstance(found, dict) else {}, where, "", {})
+    line = Fields(unfolded(found, where) if isinstance(found, dict) else {}, where, "", {})
     messages, text = line.take("messages"), line.found.get("text")
     if isinstance(messages, list):
         return _conversation(line, messages)

@@ -22,6 +22,7 @@ from typing import TextIO, TypeAlias
 from tokenizers import Tokenizer
 
 from data.chat.documents import ChatFormat
+from data.containers.records import container_of
 from data.corpus.counts import Counts
 from data.corpus.digests import Digests
 from data.corpus.packing import Packing
@@ -201,7 +202,7 @@ def _name(format: Format, found: SourceFiles, digests: Digests) -> str:
     parts = [str(_VERSION), format.noun, format.settings()]
     try:
         parts += [digests.of(path) for path in ([tokenizer] if tokenizer and tokenizer.is_file() else [])]
-        parts += [digests.of(path) for path in found.files]
+        parts += [f"{container_of(path)} {digests.of(path)}" for path in found.files]
     except OSError as error:
         raise unreadable(error.filename, error.strerror) from None
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
