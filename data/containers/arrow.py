@@ -34,15 +34,16 @@ class Pieces(NamedTuple):
         """Place and value of each row; one with a text that is no UTF-8, or no JSON where it must be, is bad."""
         arrow = library("pyarrow", self.path)
         rows = arrow.ipc.open_stream(self.rows).read_next_batch()
-        readers = [_reader(arrow, column.type) for column in rows.columns]
+        columns = [(name, rows[name], _reader(arrow, rows[name].type)) for name in self.columns]
         for index in range(rows.num_rows):
             where = f"{self.path}{ROW}{self.first + index}"
             try:
-                cells = [read(column[index].as_py()) for column, read in zip(rows.columns, readers, strict=True)]
+                cells = ((name, column[index].as_py(), read) for name, column, read in columns)
+                row = {name: read(cell) for name, cell, read in cells if cell is not None}
             except (ValueError, RecursionError) as error:
                 reading.bad(f"{where} cannot be read ({error})")
             else:
-                yield where, _without_null(zip(self.columns, cells, strict=True))
+                yield where, row
 
 
 def pieces_of(path: Path, reading: Reading) -> Iterator[Pieces]:
@@ -103,21 +104,17 @@ def _stream(arrow: Any, rows: Any) -> bytes:
 
 
 def _reader(arrow: Any, kind: Any) -> Callable[[Any], Any]:
-    """What makes a plain value of a cell of this type."""
+    """What makes a plain value of a cell of this type that is no null."""
     types = arrow.types
     if isinstance(kind, arrow.JsonType):
-        return lambda cell: None if cell is None else parse_json(cell)
+        return parse_json
     if types.is_struct(kind):
         fields = {field.name: _reader(arrow, field.type) for field in kind}
-        return lambda cell: cell and _without_null((name, fields[name](value)) for name, value in cell.items())
+        return lambda cell: {name: fields[name](value) for name, value in cell.items() if value is not None}
     if types.is_map(kind):
         value_of = _reader(arrow, kind.item_type)
-        return lambda cell: cell and _without_null((name, value_of(value)) for name, value in cell)
+        return lambda cell: {name: value_of(value) for name, value in cell if value is not None}
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         item_of = _reader(arrow, kind.value_type)
-        return lambda cell: cell and [item_of(item) for item in cell]
+        return lambda cell: [None if item is None else item_of(item) for item in cell]
     return lambda cell: cell
-
-
-def _without_null(pairs: Any) -> dict[str, Any]:
-    return {name: value for name, value in pairs if value is not None}

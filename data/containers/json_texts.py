@@ -115,7 +115,8 @@ class _Window:
                 _, end = _FINDER.raw_decode(self.held, self.place)
             except json.JSONDecodeError as error:
                 problem = f"is not JSON ({error.msg} at character {error.pos - self.place + 1})"
-                unfinished = error.msg.startswith("Unterminated") or error.pos > len(self.held) - _WORD
+                word = 1 if self.ended else _WORD
+                unfinished = error.msg.startswith("Unterminated") or error.pos > len(self.held) - word
             except RecursionError:
                 raise ValueError("is not JSON that can be read (nested too deep)") from None
             if problem and not unfinished:
@@ -126,9 +127,7 @@ class _Window:
             if self.ended:
                 raise ValueError("is not JSON (the file ends early)")
             if len(self.held) - self.place > _LONGEST:
-                raise ValueError(
-                    f"has more than {_LONGEST:,} characters; write the records into an array, or one a line"
-                )
+                raise ValueError(f"has over {_LONGEST:,} characters; write the records into an array, or one a line")
             self._more()
 
     def _more(self) -> None:

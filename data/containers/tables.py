@@ -33,7 +33,8 @@ class Rows(NamedTuple):
             if isinstance(row, csv.Error):
                 reading.bad(f"{where} is not CSV ({row})")
             elif len(row) != len(self.columns):
-                reading.bad(f"{where} has {len(row)} cells where the header has {len(self.columns)}")
+                cells = "1 cell" if len(row) == 1 else f"{len(row)} cells"
+                reading.bad(f"{where} has {cells} where the header has {len(self.columns)}")
             elif not _is_utf8(row):
                 reading.bad(f"{where} is no UTF-8")
             else:

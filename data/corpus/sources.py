@@ -176,7 +176,7 @@ def _problem(path: Path) -> str | None:
                     return f"is no text in UTF-8 ({error.reason} at byte {before - waiting + error.start})"
                 before += len(block)
     except DamagedError as error:
-        return f"cannot be unpacked ({error}, after {before} bytes of text)"
+        return f"cannot be unpacked ({error})"
     return "is no text in UTF-8 (cut off in a character)" if decoder.getstate()[0] else None
 
 

@@ -1,13 +1,11 @@
-"""The same records in every container are the same corpus; what is wrong with one is a sentence."""
+"""The same records in every container are the same corpus."""
 
 from __future__ import annotations
 
 import bz2
-import csv
 import gzip
 import json
 import lzma
-import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +14,19 @@ import pytest
 
 import data.containers.json_texts
 import data.containers.opened
-from data.chat.documents import ChatFormat
-from data.containers.records import RECORDS, read_records
-from data.corpus.hub import fetched
-from data.corpus.prepare import Corpus, Policy, prepare
-from data.corpus.reading import Reading, SourceError
-from data.corpus.sources import read_texts, source_files
-from data.corpus.text import TextFormat
-from tests.harness.chat_files import LENGTH, TEXT_ONLY, TOKENIZER, chat, model, user
+import data.workers
+from data.corpus.prepare import Corpus
+from data.corpus.reading import SourceError
+from tests.harness.chat_files import chat, model, user
+from tests.harness.container_files import (
+    lines,
+    prepared,
+    write_csv,
+    write_file,
+    write_parquet,
+    write_stream,
+    zstd,
+)
 from tests.harness.corpus_files import ids_of
 
 WORDS = ["a cat,", 'a "bird"', "a song\nand\r\na film", "été 漢字 🎉", "\u2028", " \t blank "]
@@ -53,40 +56,9 @@ CHATS = [
 ]
 
 
-def lines(records: Sequence[Any]) -> bytes:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-
-
-def zstd(whole: bytes) -> bytes:
-    packed: bytes = pytest.importorskip("zstandard").ZstdCompressor().compress(whole)
-    return packed
-
-
-def write_csv(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    columns = list(dict.fromkeys(key for record in records for key in record))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-        table.writerow(columns)
-        for record in records:
-            cells = [record.get(column, "") for column in columns]
-            table.writerow([cell if isinstance(cell, str) else json.dumps(cell) for cell in cells])
-
-
-def write_parquet(path: Path, records: Sequence[dict[str, Any]], **more: Any) -> None:
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(arrow.Table.from_pylist(list(records)), path, **more)
-
-
-def write_stream(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    arrow = pytest.importorskip("pyarrow")
-    table = arrow.Table.from_pylist(list(records))
-    with arrow.ipc.new_stream(str(path), table.schema) as out:
-        out.write_table(table, max_chunksize=100)
-
-
-def write_file(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    feather, arrow = pytest.importorskip("pyarrow.feather"), pytest.importorskip("pyarrow")
-    feather.write_feather(arrow.Table.from_pylist(list(records)), str(path), compression="zstd")
+RECORDS_OF: dict[str, list[dict[str, Any]]] = {"text": TEXTS, "chat": CHATS}
+POOLED = ("a.json", "a.csv", "a.parquet")
+"""Containers whose batches are parsed by other processes."""
 
 
 WAYS: dict[str, Callable[[Path, Sequence[dict[str, Any]]], object]] = {
@@ -108,29 +80,39 @@ WAYS: dict[str, Callable[[Path, Sequence[dict[str, Any]]], object]] = {
 }
 
 
-def prepared(source: Path, kind: str, on_bad: str = "refuse") -> Corpus:
-    tokenizer, cache = source.parent / "tokenizer.model.json", source.parent / "cache"
-    TOKENIZER.save(str(tokenizer))
-    format = TextFormat(tokenizer) if kind == "text" else ChatFormat(tokenizer, TEXT_ONLY, LENGTH)
-    return prepare(str(source), format, cache, Policy(on_bad))
-
-
 def contents(corpus: Corpus) -> list[tuple[list[int], Any]]:
     documents = map(corpus.shard.document, range(corpus.shard.num_documents))
     return [(ids_of(document), document.supervised) for document in documents]
 
 
-@pytest.mark.parametrize(("kind", "records"), [("text", TEXTS), ("chat", CHATS)])
+@pytest.fixture(scope="module")
+def wanted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Corpus]:
+    """What lines of JSON give, by the format."""
+    folder = tmp_path_factory.mktemp("lines")
+    for kind, records in RECORDS_OF.items():
+        (folder / f"{kind}.jsonl").write_bytes(lines(records))
+    return {kind: prepared(folder / f"{kind}.jsonl", kind) for kind in RECORDS_OF}
+
+
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("kind", RECORDS_OF)
 def test_the_same_records_are_the_same_tokens_and_masks_in_every_container(
-    kind: str, records: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, name: str, wanted: dict[str, Corpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data.containers.json_texts, "_BLOCK", 1000)
     monkeypatch.setattr(data.containers.opened, "_SIZE", 9000)
-    (tmp_path / "a.jsonl").write_bytes(lines(records))
-    wanted = prepared(tmp_path / "a.jsonl", kind)
-    assert wanted.shard.num_documents == len(records) and not wanted.shard.counts.ignored()
-    for name, write in WAYS.items():
-        write(tmp_path / name, records)
-        made = prepared(tmp_path / name, kind)
-        assert contents(made) == contents(wanted) and made.shard.counts == wanted.shard.counts, name
-    assert len(list((tmp_path / "cache" / "corpora").glob("[!.]*"))) == len(WAYS) + 1
+    monkeypatch.setattr(data.workers, "processors", lambda: 2 if name in POOLED else 1)
+    WAYS[name](tmp_path / name, RECORDS_OF[kind])
+    made = prepared(tmp_path / name, kind)
+    assert contents(made) == contents(wanted[kind]) and made.shard.counts == wanted[kind].shard.counts
+    assert made.shard.num_documents == len(RECORDS_OF[kind]) and not made.shard.counts.ignored()
+    assert made.folder.name != wanted[kind].folder.name
+
+
+def test_what_was_whole_before_the_damage_may_be_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines(CHATS))[:-6])
+    corpus = prepared(tmp_path / "a.jsonl.gz", "chat", "skip")
+    assert (corpus.shard.counts.kept, corpus.shard.counts.bad) == (len(CHATS), 1)
+    said = "has 1 bad lines or files, left out when it was prepared; mend or drop them, or set data.on_bad=skip"
+    with pytest.raises(SourceError, match=said):
+        prepared(tmp_path / "a.jsonl.gz", "chat")
