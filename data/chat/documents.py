@@ -2,7 +2,7 @@
 
 A source is records of {"messages": [...]}, with "tools" and flags if wanted, or {"text": "..."}, in .jsonl or any
 other of `data.containers`. A media part names a local file, {"type": "image", "path": "cat.png"}; a relative path
-starts at the folder of the file that holds the record.
+starts at the folder of the file that holds the record. One that holds {"bytes": ...} is kept with the corpus.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from data.corpus.reading import Reading
 from data.corpus.shards import Document
 from data.corpus.sources import SourceFiles, source_files
 from data.media.files import MediaFile, check_media_tokens, digest, measure, media_processor
+from data.media.kept import keep_media, placed
 from data.media.process import MediaItem, MediaProcessor
 from data.tokenizer import load_tokenizer
 from data.workers import in_order, in_worker
@@ -86,7 +87,8 @@ class ChatFormat:
     def documents(self, tokenizer: Tokenizer, reading: Reading) -> Iterator[Document]:
         """Conversations as tokens, cut to whole turns where they are too long; `reading` learns what was left out."""
         batches = ((root, found) for root, path in enumerate(reading.files) for found in records_of(path, reading))
-        for documents, part in in_order(_Work(self, tokenizer), batches, reading.check_stop):
+        work = _Work(self, tokenizer, reading.corpus)
+        for documents, part in in_order(work, batches, reading.check_stop):
             reading.add(part)
             yield from documents
         reading.finish()
@@ -95,8 +97,8 @@ class ChatFormat:
 class _Work:
     """Makes documents of records: a callable, so that other processes can do it."""
 
-    def __init__(self, format: ChatFormat, tokenizer: Tokenizer) -> None:
-        self.format, self.tokenizer = format, tokenizer
+    def __init__(self, format: ChatFormat, tokenizer: Tokenizer, corpus: Path) -> None:
+        self.format, self.tokenizer, self.corpus = format, tokenizer, corpus
         self.measured = _Measured(format.processor, format.config)
 
     def __call__(self, task: tuple[int, Batch]) -> tuple[list[Document], Reading]:
@@ -105,7 +107,8 @@ class _Work:
         reading, chats = Reading([]), list[_Chat]()
         for where, value in batch.values(reading):
             with reading.forgiving():
-                chats.append(self._open(parse_line(value, where), batch.path.parent.absolute(), root))
+                line = parse_line(keep_media(value, self.corpus), where)
+                chats.append(self._open(line, batch.path.parent.absolute(), root))
         self.measured.fill((file.kind, file.path) for chat in chats for file in chat.files)
         reading.media |= {file.path.resolve() for chat in chats for file in chat.files}
         tokens = _tokens(chats, self.measured, self.tokenizer, reading)
@@ -118,7 +121,8 @@ class _Work:
         with located(item.where):
             kinds = [kind for kind, _, _ in rendered.media]
             names = media_paths(item.messages, kinds, Path())
-        files = [_File(kind, folder / name, str(name), root) for kind, name in zip(kinds, names, strict=True)]
+        paths = [placed(str(name), folder, self.corpus) for name in names]
+        files = [_File(*file, root) for file in zip(kinds, paths, map(str, names), strict=True)]
         return _Chat(item, rendered, files)
 
 

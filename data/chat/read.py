@@ -18,6 +18,7 @@ from data.chat.messages import SYSTEM, read_messages, read_tools
 from data.chat.render import Rendered, render
 from data.containers.records import read_records
 from data.corpus.reading import Reading
+from data.media.kept import keep_media
 from model.errors import UserError
 
 FLAGS = ("enable_thinking", "preserve_thinking", "add_generation_prompt", "continue_final_message")
@@ -72,7 +73,7 @@ def read_conversations(files: Iterable[Path]) -> Iterator[Conversation | PlainTe
     for path in files:
         reading = Reading([path])
         for where, found in read_records(path, reading):
-            yield parse_line(found, where)
+            yield parse_line(keep_media(found, None), where)
         reading.finish()
 
 

@@ -1,8 +1,8 @@
 """Tokenise a source once and keep the result.
 
 A prepared corpus is a folder `tokenizer.json, tokens.bin, offsets.npy, meta.json`, for conversations also
-`details.jsonl, details.npy`. It is named by a digest of everything it was made from, written aside and moved into
-place whole.
+`details.jsonl, details.npy`, and `media` for files that lay inside of others. It is named by a digest of everything it
+was made from, written aside and moved into place whole.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def _make(folder: Path, source: str, found: SourceFiles, format: Format, policy:
     tokenizer = format.make_tokenizer(Reading(found.files, policy.on_bad, policy.check_stop))
     format.check(tokenizer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    reading = Reading(found.files, policy.on_bad, policy.check_stop)
+    reading = Reading(found.files, policy.on_bad, policy.check_stop, corpus=folder)
     documents = _counted(format.documents(tokenizer, reading), found, reading)
     write_shard(folder, documents, tokenizer.get_vocab_size(), reading.counts)
     if not reading.counts.kept:

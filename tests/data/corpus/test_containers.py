@@ -7,17 +7,24 @@ import gzip
 import json
 import lzma
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import data.containers.json_texts
 import data.containers.opened
 import data.workers
-from data.corpus.prepare import Corpus
+from data.chat.documents import ChatFormat
+from data.chat.read import Conversation, read_conversations
+from data.corpus.dataset import PackedDataset
+from data.corpus.prepare import Corpus, prepare
 from data.corpus.reading import SourceError
-from tests.harness.chat_files import chat, model, user
+from data.media.files import digest
+from model.media import MediaError
+from tests.harness.chat_files import E4B, LENGTH, TOKENIZER, chat, model, text, user, write_media
 from tests.harness.container_files import (
     lines,
     prepared,
@@ -116,3 +123,41 @@ def test_what_was_whole_before_the_damage_may_be_kept(tmp_path: Path) -> None:
     said = "has 1 bad lines or files, left out when it was prepared; mend or drop them, or set data.on_bad=skip"
     with pytest.raises(SourceError, match=said):
         prepared(tmp_path / "a.jsonl.gz", "chat")
+
+
+def test_pictures_and_sounds_inside_of_a_table_are_kept_with_the_corpus(tmp_path: Path) -> None:
+    write_media(tmp_path)
+    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
+    parts = {"cat.png": "image", "song.wav": "audio", "wide.png": "image"}
+
+    def record(file: Callable[[str], Any]) -> list[dict[str, Any]]:
+        said = [{"type": kind, kind: file(name)} for name, kind in parts.items()]
+        return [chat(user(part), model([text(f"A cat, {i}.")])) for i in range(5) for part in said]
+
+    def inside(name: str) -> dict[str, Any]:
+        return {"bytes": (tmp_path / name).read_bytes(), "path": name}
+
+    def rows(source: Path) -> tuple[Corpus, list[Any]]:
+        format = ChatFormat(tmp_path / "tokenizer.json", E4B, LENGTH)
+        corpus = prepare(str(source), format, tmp_path / "cache")
+        dataset = PackedDataset(corpus, LENGTH, 0, E4B)
+        return corpus, [dataset[i] for i in range(dataset.sequences_per_epoch)]
+
+    (tmp_path / "a.jsonl").write_bytes(lines(record(lambda name: name)))
+    write_parquet(tmp_path / "a.parquet", record(inside))
+    (_, wanted), (corpus, found) = rows(tmp_path / "a.jsonl"), rows(tmp_path / "a.parquet")
+    files = [path for path in (corpus.folder / "media").rglob("*") if path.is_file()]
+    assert sorted(path.name for path in files) == sorted(digest(tmp_path / name) for name in parts)
+    assert not corpus.shard.counts.ignored() and len(found) == len(wanted) > 1
+    cat = digest(tmp_path / "cat.png")
+    first_path = f"corpus:media/{cat[:2]}/{cat}"
+    for name in parts:
+        (tmp_path / name).unlink()
+    for row, other in zip(rows(tmp_path / "a.parquet")[1], wanted, strict=True):
+        assert row.tokens_S.tolist() == other.tokens_S.tolist() and row.labels_S.tolist() == other.labels_S.tolist()
+        assert all(map(torch.equal, chain(*row.images, row.clips), chain(*other.images, other.clips)))
+    first = next(iter(read_conversations([tmp_path / "a.parquet"])))
+    assert isinstance(first, Conversation) and first.messages[0]["content"] == [{"type": "image", "path": first_path}]
+    files[0].write_bytes(b"changed")
+    with pytest.raises(MediaError, match=r"media/.* changed since it was prepared"):
+        rows(tmp_path / "a.parquet")
