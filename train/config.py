@@ -85,11 +85,11 @@ class DataConfig:
     """Which texts or conversations are read, and how they become sequences."""
 
     source: str = "python_stdlib"
-    """python_stdlib | a file, folder or glob of text or .jsonl files"""
+    """python_stdlib | a file, folder or glob of texts or records (.jsonl, .parquet, ...) | hf:OWNER/NAME of the hub"""
     sources: list[SourceConfig] = field(default_factory=list)
     """Instead of data.source, several: {path: ..., weight: ..., format: ...}, mixed by weight, sequence by sequence."""
     format: str = one_of("text", *FORMATS)
-    """text | chat (.jsonl lines {"messages": [...]} of conversations, with their media)"""
+    """text | chat (records {"messages": [...]} of conversations, with their media)"""
     thinking: bool = False
     """chat: render conversations with thinking switched on."""
     tokenizer: str | None = None

@@ -97,7 +97,7 @@ class ChatFormat:
 class _Work:
     """Makes documents of records: a callable, so that other processes can do it."""
 
-    def __init__(self, format: ChatFormat, tokenizer: Tokenizer, corpus: Path) -> None:
+    def __init__(self, format: ChatFormat, tokenizer: Tokenizer, corpus: Path | None) -> None:
         self.format, self.tokenizer, self.corpus = format, tokenizer, corpus
         self.measured = _Measured(format.processor, format.config)
 

@@ -62,18 +62,16 @@ def library(name: str, path: Path) -> Any:
 
 def intact(path: Path, mark: str, records: Iterable[Record], reading: Reading) -> Iterator[Record]:
     """Records up to where their file is damaged, which is noted as bad."""
-    number = 0
+    number = 1
     try:
-        for number, record in enumerate(records, start=1):  # noqa: B007 - the last is told
+        for record in records:
             yield record
+            number += 1
     except DamagedError as error:
-        reading.bad(f"{path}{mark}{number + 1} cannot be unpacked ({error})")
+        reading.bad(f"{path}{mark}{number} cannot be unpacked ({error})")
 
 
-def in_batches(
-    records: Iterable[Record],
-    size: Callable[[Record], int] = len,  # type: ignore[assignment]
-) -> Iterator[tuple[int, list[Record]]]:
+def in_batches(records: Iterable[Record], size: Callable[[Any], int] = len) -> Iterator[tuple[int, list[Record]]]:
     """Records with the number of the first of them, from one on: few enough at once for what they hold to be held."""
     first, held, total = 1, list[Record](), 0
     for record in records:
@@ -120,6 +118,11 @@ class _Unpacked(io.RawIOBase):
         size = min(len(into), len(self._held))
         into[:size], self._held = self._held[:size], self._held[size:]
         return size
+
+    def close(self) -> None:
+        """Close the compressed file too."""
+        self._packed.close()
+        super().close()
 
     def _unpack(self) -> bool:
         """Unpack some more, perhaps to nothing yet; no where the file has ended."""

@@ -26,9 +26,9 @@ def keep_media(value: Any, corpus: Path | None) -> Any:
     return kept
 
 
-def placed(path: str, folder: Path, corpus: Path) -> Path:
+def placed(path: str, folder: Path, corpus: Path | None) -> Path:
     """Where the file of a path lies: in the corpus, or from the folder of the file that names it."""
-    return corpus / path.removeprefix(_KEPT) if path.startswith(_KEPT) else folder / path
+    return Path(corpus or "", path.removeprefix(_KEPT)) if path.startswith(_KEPT) else folder / path
 
 
 def _kept(contents: bytes, corpus: Path | None) -> str:
