@@ -99,7 +99,7 @@ class _Work:
 
     def __init__(self, format: ChatFormat, tokenizer: Tokenizer, corpus: Path | None) -> None:
         self.format, self.tokenizer, self.corpus = format, tokenizer, corpus
-        self.measured = _Measured(format.processor, format.config)
+        self.measured = _Measured(format.processor, format.config, corpus)
 
     def __call__(self, task: tuple[int, Batch]) -> tuple[list[Document], Reading]:
         """The documents of records of the file that has this number, and what was counted."""
@@ -147,8 +147,8 @@ class _Chat:
 class _Measured:
     """Sizes and digests of media files, each read once by a process; by all processors where no other uses them."""
 
-    def __init__(self, processor: MediaProcessor, config: Gemma4Config) -> None:
-        self.processor, self.config = processor, config
+    def __init__(self, processor: MediaProcessor, config: Gemma4Config, corpus: Path | None) -> None:
+        self.processor, self.config, self.corpus = processor, config, corpus
         self._found: dict[tuple[str, Path], tuple[MediaItem, str] | UserError] = {}
 
     def fill(self, wanted: Iterable[tuple[str, Path]]) -> None:
@@ -171,7 +171,7 @@ class _Measured:
         try:
             return measure(*key, self.processor, self.config), digest(key[1])
         except UserError as error:
-            return error
+            return UserError(str(error).replace(f"{self.corpus}/", ""))  # a folder that goes, if this is refused
 
 
 def _tokens(

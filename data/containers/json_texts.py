@@ -38,25 +38,30 @@ class JsonTexts(NamedTuple):
 
     def values(self, reading: Reading) -> Iterator[tuple[str, Any]]:
         """Place and value of each record; one that is not JSON is bad."""
-        for number, line in enumerate(self.texts, start=self.first):
+        for number, text in enumerate(self.texts, start=self.first):
             where = f"{self.path}{self.mark}{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                values = [parse_json(text)] if text.strip() else []
-            except UnicodeDecodeError as error:
-                reading.bad(f"{where} is no UTF-8 ({error.reason} at byte {error.start})")
-            except json.JSONDecodeError as error:
-                reading.bad(f"{where} is not JSON ({error.msg} at character {error.pos + 1})")
-            except ValueError as error:  # a key twice, or a number of too many digits
-                reading.bad(f"{where} is not JSON ({error})")
-            except RecursionError:
-                reading.bad(f"{where} is not JSON that can be read (nested too deep)")
-            else:
-                key = _wrapper(values[0]) if self.mark == ITEM and number == len(self.texts) == 1 else ""
+            for value in parsed(text, where, reading, "utf-8-sig" if number == 1 else "utf-8"):
+                key = _wrapper(value) if self.mark == ITEM and number == len(self.texts) == 1 else ""
                 if key:
                     reading.bad(f'{where} holds its records under "{key}"; write that list alone into the file')
-                    continue
-                yield from ((where, value) for value in values)
+                else:
+                    yield where, value
+
+
+def parsed(raw: bytes, where: str, reading: Reading, encoding: str = "utf-8-sig") -> list[Any]:
+    """The one value that a text of JSON holds; none if it is blank, or bad, which is noted."""
+    try:
+        text = raw.decode(encoding)
+        return [parse_json(text)] if text.strip() else []
+    except UnicodeDecodeError as error:
+        reading.bad(f"{where} is no UTF-8 ({error.reason} at byte {error.start})")
+    except json.JSONDecodeError as error:
+        reading.bad(f"{where} is not JSON ({error.msg} at character {error.pos + 1})")
+    except ValueError as error:  # a key twice, or a number of too many digits
+        reading.bad(f"{where} is not JSON ({error})")
+    except RecursionError:
+        reading.bad(f"{where} is not JSON that can be read (nested too deep)")
+    return []
 
 
 def parse_json(text: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from data.containers.arrow import pieces_of
 from data.containers.json_texts import items_of, lines_of
 from data.containers.opened import is_packed, kind_of
+from data.containers.samples import samples_of
 from data.containers.tables import rows_of
 from data.corpus.reading import Reading
 
@@ -34,6 +35,7 @@ _READERS: dict[str, Callable[[Path, Reading], Iterator[Batch]]] = {
     ".json": items_of,
     **dict.fromkeys((".csv", ".tsv"), rows_of),
     **dict.fromkeys(_SEEKABLE, pieces_of),
+    ".tar": samples_of,
 }
 RECORDS = tuple(_READERS)
 """Types of file that hold records; all but the columns of Arrow and Parquet may be compressed."""

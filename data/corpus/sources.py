@@ -45,7 +45,7 @@ _MEDIA = frozenset(
 )
 _CONVERT = {
     ".xlsx": "save its sheet as .csv",
-    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z"), "unpack it"),
+    **dict.fromkeys((".zip", ".tgz", ".7z"), "unpack it"),
     **dict.fromkeys((".pdf", ".docx", ".epub", ".html"), "take its text out into a .txt"),
 }
 # Tests are repetitive and often stripped by distributions; `encodings` is tables of hexadecimal.

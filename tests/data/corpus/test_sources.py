@@ -39,7 +39,7 @@ def test_the_standard_library_is_a_corpus_everyone_has() -> None:
 
 def mixed_folder(folder: Path) -> Path:
     folder.mkdir()
-    names = ("b.txt", "a.md", "sub/c.jsonl", "x.xlsx", "y.parquet.gz", "z.JSON", "w.tar.gz", "Makefile", "._a.txt")
+    names = ("b.txt", "a.md", "sub/c.jsonl", "x.xlsx", "y.parquet.gz", "z.JSON", "w.zip", "Makefile", "._a.txt")
     for name in names:
         path = folder / name
         path.parent.mkdir(exist_ok=True)
@@ -55,7 +55,7 @@ def test_every_file_of_a_folder_is_read_or_counted(tmp_path: Path) -> None:
     folder = mixed_folder(tmp_path / "texts")
     found = source_files(str(folder))
     assert [path.name for path in found.files] == ["a.md", "again.txt", "b.txt", "c.jsonl"]
-    packed = {".parquet.gz": 1, ".tar": 1}
+    packed = {".parquet.gz": 1, ".zip": 1}
     kinds = {".xlsx": 1, ".json": 1, "without a suffix": 1, "empty": 1, "hidden": 2} | packed
     assert found.passed_over == kinds
     by_pattern = source_files(str(folder / "*"))
@@ -71,7 +71,7 @@ def test_what_is_passed_over_is_said_once_and_refused_if_strict(
     assert corpus.shard.counts.twice == 1 and corpus.shard.num_documents == 4
     (said,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
     assert said == (
-        f"{folder} holds what nothing reads: files: hidden (2), .json (1), .parquet.gz (1), .tar (1), .xlsx (1), "
+        f"{folder} holds what nothing reads: files: hidden (2), .json (1), .parquet.gz (1), .xlsx (1), .zip (1), "
         "empty (1), without a suffix (1)"
     )
     with pytest.raises(SourceError, match=r"holds what nothing reads \(files: .*; drop it, or set data\.strict=false"):
@@ -93,7 +93,7 @@ def test_keys_that_nothing_reads_are_counted_and_refused_if_strict(tmp_path: Pat
     [
         ("rows.xlsx", "save its sheet as .csv"),
         ("a.TGZ", "unpack it"),
-        ("a.tar.gz", "unpack it"),
+        ("a.zip", "unpack it"),
         ("a.pdf", "take its text out into a .txt"),
         ("cat.png", "name it in a conversation"),
     ],
