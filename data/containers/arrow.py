@@ -1,7 +1,7 @@
 """Records in columns: .parquet, and Arrow's files and streams, as `datasets` saves them; read by pyarrow.
 
 Arrow gives an object every key that another object of its column has, as a null. A null is therefore read as a key that
-is not there, except in a list, and in what a column holds as JSON.
+is not there, except in a list, and in what a column holds as JSON. Nothing here starts threads, since the process forks.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _parquet(path: Path) -> Iterator[tuple[Any, float]]:
     # A buffer of its own instead of whole row groups, which may be of any size.
     with library("pyarrow.parquet", path).ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as file:
         read = 0
-        for rows in file.iter_batches(_ROWS):
+        for rows in file.iter_batches(_ROWS, use_threads=False):
             read += rows.num_rows
             yield rows, read / file.metadata.num_rows
 
@@ -82,15 +82,16 @@ def _parquet(path: Path) -> Iterator[tuple[Any, float]]:
 def _arrow(path: Path) -> Iterator[tuple[Any, float]]:
     """Batches of rows, and the share of the file that was read with them."""
     arrow = library("pyarrow", path)
+    options = arrow.ipc.IpcReadOptions(use_threads=False)
     with arrow.memory_map(str(path)) as source:
         indexed = source.read(len(_FILE)) == _FILE
         source.seek(0)
         if indexed:
-            file = arrow.ipc.open_file(source)
+            file = arrow.ipc.open_file(source, options=options)
             for index in range(file.num_record_batches):
                 yield file.get_batch(index), (index + 1) / file.num_record_batches
         else:
-            for rows in arrow.ipc.open_stream(source):
+            for rows in arrow.ipc.open_stream(source, options=options):
                 yield rows, source.tell() / source.size()
 
 
