@@ -1,7 +1,7 @@
 """Records in columns: .parquet, and Arrow's files and streams, as `datasets` saves them; read by pyarrow.
 
 Arrow gives an object every key that another object of its column has, as a null. A null is therefore read as a key that
-is not there, except in a list, and in what a column holds as JSON. Nothing here starts threads, since the process forks.
+is not there, except in a list, and in what a column holds as JSON. No threads are started: the process forks.
 """
 
 from __future__ import annotations
