@@ -3,9 +3,9 @@
     python -m launch.prepare                      # Python's own library, with a tokenizer trained on it
     python -m launch.prepare source=~/texts tokenizer=tokenizer.json
 
-source is python_stdlib, a file, a folder or a glob. Without a tokenizer, one of vocab_size=8192 pieces is trained.
-cache names another place than ~/.cache/gemwright for the result. on_bad=skip leaves out what cannot be read, and
-strict=true refuses keys and files that nothing reads.
+source is python_stdlib, a file, a folder or a glob, or hf:OWNER/NAME of the hub. Without a tokenizer, one of
+vocab_size=8192 pieces is trained. cache names another place than ~/.cache/gemwright for the result. on_bad=skip leaves
+out what cannot be read, and strict=true refuses keys and files that nothing reads.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def none_of(problems: list[str]) -> None:
 
 READS = re.compile(
     r"pickle\.(loads?|Unpickler)\b|torch\.load\(|np\.(load|memmap)\(|json\.loads?\(|OmegaConf\.load\(|\.from_file\("
-    r"|\bsafe_open\(|\bload_file\(|all_gather_object\(|dcp\.load\(|Image\.open\(|av\.open\(|yaml\.\w*load|marshal\.|shelve\."
+    r"|\bsafe_open\(|\bload_file\(|all_gather_object\(|dcp\.load\(|csv\.reader\(|tarfile\.open\(|\.ParquetFile\(|ipc\.open_\w+\(|Image\.open\(|av\.open\(|yaml\.\w*load|marshal\.|shelve\."
 )
 
 

@@ -106,7 +106,7 @@ class DataConfig:
     """Which texts or conversations are read, and how they become sequences."""
 
     source: str = "python_stdlib"
-    """python_stdlib | a file, folder or glob of text or .jsonl files"""
+    """python_stdlib | a file, folder or glob of texts or records (.jsonl, .parquet, ...) | hf:OWNER/NAME of the hub"""
     sources: list[SourceConfig] = field(default_factory=list)
     """Instead of data.source, several: {path: ..., weight: ..., format: ...}, mixed by weight, sequence by sequence."""
     held_out: float = at_least(0.0, 0)
@@ -118,7 +118,7 @@ class DataConfig:
     weight_schedule: list[WeightsConfig] = field(default_factory=list)
     """Other weights of data.sources from a step on: [{step: 9000, weights: [1, 4]}]"""
     format: str = one_of("text", *FORMATS)
-    """text | chat (.jsonl lines {"messages": [...]} of conversations, with their media)"""
+    """text | chat (records {"messages": [...]} of conversations, with their media)"""
     shape: str = one_of(AUTO, AUTO, *SHAPES)
     """chat: auto (each line by its keys) | messages | sharegpt | alpaca | query | completion | gemini | text"""
     columns: dict[str, str] = field(default_factory=dict)

@@ -1,8 +1,9 @@
 """Conversations as a kind of corpus, each a document that is packed whole.
 
-A source is .jsonl of {"messages": [...]}, with "tools" and flags if wanted, {"text": "..."}, or another shape of
-`data.chat.shapes`. A media part names a local file, {"type": "image", "path": "cat.png"}; a relative path starts at the
-folder of its .jsonl.
+A source is records of {"messages": [...]}, with "tools" and flags if wanted, {"text": "..."}, or another shape of
+`data.chat.shapes`, in .jsonl or any other of `data.containers`. A media part names a local file, {"type": "image",
+"path": "cat.png"}; a relative path starts at the folder of the file that holds the record. One that holds
+{"bytes": ...} is kept with the corpus.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from data.chat.read import ANY_SHAPE, Conversation, ConversationError, PlainText
 from data.chat.render import NEWEST, Rendered
 from data.chat.shapes import LineShape
 from data.chat.template import template_size
+from data.containers.records import RECORDS, Batch, records_of
 from data.corpus.counts import add
 from data.corpus.held_out import hash_of, without_paths
 from data.corpus.packing import Whole
 from data.corpus.reading import Reading
 from data.corpus.shards import Document
-from data.corpus.sources import Lines, SourceFiles, lines_of, source_files, values_of
+from data.corpus.sources import SourceFiles, source_files
 from data.media.files import MediaFile, check_media_tokens, digest, measure, media_processor
+from data.media.kept import keep_media, placed
 from data.media.process import MediaItem, MediaProcessor
 from data.tokenizer import load_tokenizer
 from data.workers import in_order, in_worker
@@ -65,8 +68,8 @@ class ChatFormat:
         return {"enable_thinking": True} if self.thinking else {}
 
     def files(self, source: str) -> SourceFiles:
-        """The .jsonl files that a source names. Raises `SourceError` if there are none."""
-        return source_files(source, (".jsonl",))
+        """The files of records that a source names. Raises `SourceError` if there are none."""
+        return source_files(source, RECORDS)
 
     def settings(self) -> str:
         """All that the tokens depend on besides the contents of files, as a text for the cache's key."""
@@ -88,28 +91,29 @@ class ChatFormat:
 
     def documents(self, tokenizer: Tokenizer, reading: Reading) -> Iterator[Document]:
         """Conversations as tokens, cut to whole turns where they are too long; `reading` learns what was left out."""
-        lines = ((root, found) for root, path in enumerate(reading.files) for found in lines_of(path, reading))
-        for documents, part in in_order(_Work(self, tokenizer), lines, reading.check_stop):
+        batches = ((root, found) for root, path in enumerate(reading.files) for found in records_of(path, reading))
+        work = _Work(self, tokenizer, reading.corpus)
+        for documents, part in in_order(work, batches, reading.check_stop):
             reading.add(part)
             yield from documents
         reading.finish()
 
 
 class _Work:
-    """Makes documents of lines: a callable, so that other processes can do it."""
+    """Makes documents of records: a callable, so that other processes can do it."""
 
-    def __init__(self, format: ChatFormat, tokenizer: Tokenizer) -> None:
-        self.format, self.tokenizer = format, tokenizer
-        self.measured = _Measured(format.processor, format.config)
+    def __init__(self, format: ChatFormat, tokenizer: Tokenizer, corpus: Path | None) -> None:
+        self.format, self.tokenizer, self.corpus = format, tokenizer, corpus
+        self.measured = _Measured(format.processor, format.config, corpus)
 
-    def __call__(self, task: tuple[int, Lines]) -> tuple[list[Document], Reading]:
-        """The documents of lines of the file that has this number, and what was counted."""
-        root, lines = task
+    def __call__(self, task: tuple[int, Batch]) -> tuple[list[Document], Reading]:
+        """The documents of records of the file that has this number, and what was counted."""
+        root, batch = task
         reading, chats = Reading([]), list[_Chat]()
-        for where, value in values_of(lines, reading):
+        for where, value in batch.values(reading):
             with reading.forgiving():
-                item = parse_line(value, where, self.format.shape)
-                chats.append(self._open(item, lines.path.parent.absolute(), root))
+                item = parse_line(keep_media(value, self.corpus), where, self.format.shape)
+                chats.append(self._open(item, batch.path.parent.absolute(), root))
                 add(reading.counts.shapes, [item.shape])
         self.measured.fill((file.kind, file.path) for chat in chats for file in chat.files)
         reading.media |= {file.path.resolve() for chat in chats for file in chat.files}
@@ -123,7 +127,8 @@ class _Work:
         with located(item.where):
             kinds = [kind for kind, _, _ in rendered.media]
             names = media_paths(item.messages, kinds, Path())
-        files = [_File(kind, folder / name, str(name), root) for kind, name in zip(kinds, names, strict=True)]
+        paths = [placed(str(name), folder, self.corpus) for name in names]
+        files = [_File(*file, root) for file in zip(kinds, paths, map(str, names), strict=True)]
         return _Chat(item, rendered, files)
 
 
@@ -148,8 +153,8 @@ class _Chat:
 class _Measured:
     """Sizes and digests of media files, each read once by a process; by all processors where no other uses them."""
 
-    def __init__(self, processor: MediaProcessor, config: Gemma4Config) -> None:
-        self.processor, self.config = processor, config
+    def __init__(self, processor: MediaProcessor, config: Gemma4Config, corpus: Path | None) -> None:
+        self.processor, self.config, self.corpus = processor, config, corpus
         self._found: dict[tuple[str, Path], tuple[MediaItem, str] | UserError] = {}
 
     def fill(self, wanted: Iterable[tuple[str, Path]]) -> None:
@@ -172,7 +177,7 @@ class _Measured:
         try:
             return measure(*key, self.processor, self.config), digest(key[1])
         except UserError as error:
-            return error
+            return UserError(str(error).replace(f"{self.corpus}/", ""))  # a folder that goes, if this is refused
 
 
 def _tokens(

@@ -14,6 +14,8 @@ from model.errors import UserError
 MOST_LEVELS = 100
 """Levels of lists and objects that arguments, schemas and results of tools may have."""
 _HUGE = 10**1000
+_LISTS = frozenset(("messages", "conversations", "images", "videos", "audios"))
+"""Keys of a line that hold lists. Tools are read by `take_list`."""
 
 
 class ConversationError(UserError):
@@ -120,6 +122,19 @@ def parse_text(text: str, where: str, legal: str) -> Any:
         raise
     except (ValueError, RecursionError):
         raise ConversationError(f"{where} must be {legal}, or its JSON as text; mend or drop the line.") from None
+
+
+def unfolded(line: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A line in which lists that stand as JSON text, as in a table, are lists; no text there is none.
+
+    Raises `ConversationError` for a text that begins like JSON and is none.
+    """
+    opened = dict(line)
+    for key in _LISTS.intersection(line):
+        value = line[key]
+        if isinstance(value, str) and value.lstrip()[:1] in ("[", "{", ""):
+            opened[key] = parse_text(value, f"{where}: {key}", "a list") if value.strip() else None
+    return opened
 
 
 def check_value(value: Any, where: str) -> None:

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data.chat.fields import ConversationError, Fields
+from data.chat.fields import ConversationError, Fields, unfolded
 from data.chat.foreign import refuse_in_line, refuse_in_text
 from data.chat.media import place_media
 from data.chat.messages import SYSTEM, read_messages, read_tools
 from data.chat.render import Rendered, render
 from data.chat.shapes import LineShape, canonical
+from data.containers.records import read_records
 from data.corpus.reading import Reading
-from data.corpus.sources import read_lines
+from data.media.kept import keep_media
 from model.errors import UserError
 
 FLAGS = ("enable_thinking", "preserve_thinking", "add_generation_prompt", "continue_final_message")
@@ -77,14 +78,14 @@ def read_conversations(files: Iterable[Path], shape: LineShape = ANY_SHAPE) -> I
     """
     for path in files:
         reading = Reading([path])
-        for where, found in read_lines(path, reading):
-            yield parse_line(found, where, shape)
+        for where, found in read_records(path, reading):
+            yield parse_line(keep_media(found, None), where, shape)
         reading.finish()
 
 
 def parse_line(found: Any, where: str, shape: LineShape = ANY_SHAPE) -> Conversation | PlainText:
     """What one line of JSON holds; `where` is its file and line. Raises `ConversationError` for what is of no shape."""
-    name, line = canonical(found, where, shape)
+    name, line = canonical(unfolded(found, where) if isinstance(found, dict) else found, where, shape)
     if name != PlainText.shape:
         return _conversation(line, name)
     text = line.take("text")

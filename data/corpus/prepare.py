@@ -1,8 +1,8 @@
 """Tokenise a source once and keep the result.
 
 A prepared corpus is a folder `tokenizer.json, tokens.bin, offsets.npy, hashes.npy, meta.json`, for conversations also
-`details.jsonl, details.npy`. It is named by a digest of everything it was made from, written aside and moved into
-place whole.
+`details.jsonl, details.npy`, and `media` for files that lay inside of others. It is named by a digest of everything it
+was made from, written aside and moved into place whole.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TextIO, TypeAlias
 from tokenizers import Tokenizer
 
 from data.chat.documents import ChatFormat
+from data.containers.records import container_of
 from data.corpus.counts import Counts
 from data.corpus.digests import Digests
 from data.corpus.packing import Packing
@@ -162,7 +163,7 @@ def _make(folder: Path, source: str, found: SourceFiles, format: Format, policy:
     tokenizer = format.make_tokenizer(Reading(found.files, policy.on_bad, policy.check_stop))
     format.check(tokenizer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    reading = Reading(found.files, policy.on_bad, policy.check_stop)
+    reading = Reading(found.files, policy.on_bad, policy.check_stop, corpus=folder)
     documents = _counted(format.documents(tokenizer, reading), found, reading)
     write_shard(folder, documents, tokenizer.get_vocab_size(), reading.counts)
     if not reading.counts.kept:
@@ -203,7 +204,7 @@ def _name(format: Format, found: SourceFiles, digests: Digests) -> str:
     parts = [str(_VERSION), format.noun, format.settings()]
     try:
         parts += [digests.of(path) for path in ([tokenizer] if tokenizer and tokenizer.is_file() else [])]
-        parts += [digests.of(path) for path in found.files]
+        parts += [f"{container_of(path)} {digests.of(path)}" for path in found.files]
     except OSError as error:
         raise unreadable(error.filename, error.strerror) from None
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]

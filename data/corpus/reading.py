@@ -47,6 +47,8 @@ class Reading:
     counts: Counts = field(default_factory=Counts)
     media: set[Path] = field(default_factory=set)
     """Files that lines name."""
+    corpus: Path | None = None
+    """Folder of the corpus that is made of them, if one is."""
 
     def __post_init__(self) -> None:
         self._total, self._done = sum(path.stat().st_size for path in self.files), 0

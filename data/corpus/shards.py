@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from data.corpus.counts import Counts
 from data.corpus.digests import Digests
 from data.media.files import MediaFile
+from data.media.kept import placed
 from model.errors import UserError
 
 Ids: TypeAlias = Sequence[int] | NDArray[np.int64]
@@ -81,7 +82,7 @@ def write_shard(folder: Path, documents: Iterable[Document], vocab_size: int, co
         (folder / _DETAILS).unlink()
     meta = {"dtype": dtype.name, "documents": len(offsets) - 1, "tokens": offsets[-1], "vocab_size": vocab_size}
     meta |= {"details": ends[-1], "counts": asdict(counts)}
-    meta["sha256"] = {file.name: _sha256(file) for file in sorted(folder.iterdir()) if not file.name.startswith(".")}
+    meta["sha256"] = {file.name: _sha256(file) for file in sorted(folder.glob("[!.]*")) if file.is_file()}
     (folder / META).write_text(json.dumps(meta))
 
 
@@ -154,7 +155,8 @@ class Shard:
         return Document(ids, details["supervised"], [self._placed(MediaFile(**file)) for file in details["media"]])
 
     def _placed(self, file: MediaFile) -> MediaFile:
-        return replace(file, path=str(self.roots[file.root] / file.path)) if self.roots else file
+        root = self.roots[file.root] if self.roots else Path()
+        return replace(file, path=str(placed(file.path, root, self.folder)))
 
 
 def _sha256(path: Path) -> str:

@@ -29,7 +29,8 @@ class MediaFile:
     start, stop  its token range, begin and end tokens and timestamps included.
     num_tokens   media tokens in that range, num_pieces the images, frames or clips they stand for.
     sha256       digest of the file's contents when it was prepared; empty if nobody took it.
-    root         which of the source's files named it; a relative path begins in that one's folder.
+    root         which of the source's files named it; a relative path begins in that one's folder. One of a file that
+                 lay inside of the source begins in the folder of the corpus (`data.media.kept`).
     """
 
     kind: str

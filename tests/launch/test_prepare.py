@@ -18,7 +18,7 @@ def test_prepare_as_a_command(
     monkeypatch.setattr("sys.argv", ["prepare", f"source={source}", "vocab_size=400", f"cache={cache}"])
     main()
     assert "120 documents" in capsys.readouterr().out
-    folder = next((cache / "corpora").iterdir())
+    folder = next((cache / "corpora").glob("[!.]*"))
     assert json.loads((folder / "meta.json").read_text())["documents"] == 120
     monkeypatch.setattr("sys.argv", ["prepare", f"source={tmp_path / 'no'}"])
     with pytest.raises(SystemExit, match=r"error: .*names no text"):

@@ -92,8 +92,9 @@ def test_something_must_remain(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"leaves nothing to train on .*{found}") as raised:
             make(tmp_path, lines, sequence_length=8)
         assert "\n" not in str(raised.value) and not list((tmp_path / "cache" / "corpora").iterdir())
-    with pytest.raises(UserError, match="names no conversations"):
-        prepared(tmp_path, TEXT_ONLY, source=tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer.txt").touch()
+    with pytest.raises(UserError, match=r"names no conversations: only \.jsonl, .* are read; write conversations as"):
+        prepared(tmp_path, TEXT_ONLY, source=tmp_path / "tokenizer.txt")
 
 
 def test_conversations_are_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, tra
 
 import data.corpus.sources
 from data.chat.documents import ChatFormat
+from data.containers.records import RECORDS
 from data.corpus.prepare import Policy, prepare
 from data.corpus.reading import Reading, SourceError
 from data.corpus.sources import PYTHON_STDLIB, read_texts, source_files
@@ -38,7 +39,8 @@ def test_the_standard_library_is_a_corpus_everyone_has() -> None:
 
 def mixed_folder(folder: Path) -> Path:
     folder.mkdir()
-    for name in ("b.txt", "a.md", "sub/c.jsonl", "x.csv", "y.parquet", "z.JSON", "w.txt.gz", "Makefile", "._a.txt"):
+    names = ("b.txt", "a.md", "sub/c.jsonl", "x.xlsx", "y.parquet.gz", "z.JSON", "w.zip", "Makefile", "._a.txt")
+    for name in names:
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(f'{{"text": "of {name}"}}')
@@ -53,11 +55,12 @@ def test_every_file_of_a_folder_is_read_or_counted(tmp_path: Path) -> None:
     folder = mixed_folder(tmp_path / "texts")
     found = source_files(str(folder))
     assert [path.name for path in found.files] == ["a.md", "again.txt", "b.txt", "c.jsonl"]
-    kinds = {".csv": 1, ".parquet": 1, ".json": 1, ".gz": 1, "without a suffix": 1, "empty": 1, "hidden": 2}
+    packed = {".parquet.gz": 1, ".zip": 1}
+    kinds = {".xlsx": 1, ".json": 1, "without a suffix": 1, "empty": 1, "hidden": 2} | packed
     assert found.passed_over == kinds
     by_pattern = source_files(str(folder / "*"))
-    assert [path.name for path in by_pattern.files] == ["Makefile", "a.md", "again.txt", "b.txt"]
-    assert by_pattern.passed_over == {".csv": 1, ".parquet": 1, ".json": 1, ".gz": 1, "empty": 1}
+    assert [path.name for path in by_pattern.files] == ["Makefile", "a.md", "again.txt", "b.txt", "z.JSON"]
+    assert by_pattern.passed_over == {".xlsx": 1, "empty": 1} | packed
 
 
 def test_what_is_passed_over_is_said_once_and_refused_if_strict(
@@ -68,8 +71,8 @@ def test_what_is_passed_over_is_said_once_and_refused_if_strict(
     assert corpus.shard.counts.twice == 1 and corpus.shard.num_documents == 4
     (said,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
     assert said == (
-        f"{folder} holds what nothing reads: files: hidden (2), .csv (1), .gz (1), .json (1), .parquet (1), empty (1), "
-        "without a suffix (1)"
+        f"{folder} holds what nothing reads: files: hidden (2), .json (1), .parquet.gz (1), .xlsx (1), .zip (1), "
+        "empty (1), without a suffix (1)"
     )
     with pytest.raises(SourceError, match=r"holds what nothing reads \(files: .*; drop it, or set data\.strict=false"):
         prepare(str(folder), TextFormat(None, 400), tmp_path / "cache", Policy(strict=True))
@@ -88,11 +91,9 @@ def test_keys_that_nothing_reads_are_counted_and_refused_if_strict(tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        ("rows.parquet", "write its rows into a .jsonl"),
-        ("rows.csv", "write its rows into a .jsonl"),
-        ("a.json", "write its objects into a .jsonl, one a line"),
-        ("a.jsonl.gz", "unpack it"),
-        ("a.ZST", "unpack it"),
+        ("rows.xlsx", "save its sheet as .csv"),
+        ("a.TGZ", "unpack it"),
+        ("a.zip", "unpack it"),
         ("a.pdf", "take its text out into a .txt"),
         ("cat.png", "name it in a conversation"),
     ],
@@ -102,7 +103,7 @@ def test_a_file_that_is_no_text_by_its_name_is_refused(tmp_path: Path, name: str
     with pytest.raises(SourceError, match=f"which is not read as text; {how}"):
         source_files(str(tmp_path / name))
     with pytest.raises(SourceError, match="names no conversations"):
-        source_files(str(tmp_path / name), (".jsonl",))
+        source_files(str(tmp_path / name), RECORDS)
 
 
 def test_a_path_that_exists_is_no_pattern(tmp_path: Path) -> None:
@@ -119,9 +120,14 @@ def test_a_path_that_exists_is_no_pattern(tmp_path: Path) -> None:
 def test_sources_that_name_no_text_say_so(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="names no text; give a file"):
         source_files(str(tmp_path / "nothing"))
-    (tmp_path / "a.csv").write_text("a")
-    with pytest.raises(SourceError, match=r"names no text \(only 1 \.csv\); give a file"):
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(
+        SourceError, match=r"names no text \(only 1 \.json\); give a .*\(\.json by its name or a glob\)"
+    ):
         source_files(str(tmp_path))
+    (tmp_path / "a.parquet.gz").write_text("a")
+    with pytest.raises(SourceError, match=r"a \.parquet file that is compressed as a whole; unpack it\.$"):
+        source_files(str(tmp_path / "a.parquet.gz"))
 
 
 def test_everything_bad_is_named_at_once(tmp_path: Path) -> None:
@@ -147,7 +153,7 @@ def test_everything_bad_is_named_at_once(tmp_path: Path) -> None:
         reading.finish()
     for part in (
         "lines.jsonl:3 is not JSON (Expecting property name enclosed in double quotes at character 3)",
-        'lines.jsonl:4 is no JSON object with a "text" string',
+        'lines.jsonl:4 has no "text" string',
         "lines.jsonl:6 is no UTF-8 (invalid start byte at byte 10)",
         "lines.jsonl:7 has half a surrogate pair at character 0",
         "lines.jsonl:8 is not JSON that can be read (nested too deep)",
