@@ -8,7 +8,7 @@ import yaml
 from model import ConfigError
 from model.variants import VARIANT_NAMES
 from train.load_config import load_config
-from train.overrides import CONFIG_FOLDER
+from train.groups import CONFIG_FOLDER
 from train.resolve import resolve
 
 
