@@ -7,8 +7,8 @@ import yaml
 
 from model import ConfigError
 from model.variants import VARIANT_NAMES
-from train.load_config import load_config
 from train.groups import CONFIG_FOLDER
+from train.load_config import load_config
 from train.resolve import resolve
 
 
