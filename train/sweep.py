@@ -84,14 +84,14 @@ def sweep(words: list[str], launcher: list[str]) -> int:
         return 0
     if _ARRAY in os.environ:
         found = [_task(found)]
-    stop, codes = _Stop(), []
-    for number, job in enumerate(found, start=1):
-        if stop.number is not None:
-            break
-        print(
-            f"run {number} of {len(found)}: {' '.join(job.choices) or 'as it is'} | run folder {job.folder}", flush=True
-        )
-        codes.append(stop.wait_for(subprocess.Popen([*launcher, *job.words])))
+    codes: list[int] = []
+    with _Stop() as stop:
+        for number, job in enumerate(found, start=1):
+            if stop.number is not None:
+                break
+            what = " ".join(job.choices) or "nothing is listed"
+            print(f"run {number} of {len(found)}: {what} | run folder {job.folder}", flush=True)
+            codes.append(stop.wait_for(subprocess.Popen([*launcher, *job.words])))
     print("\n".join(_table(found, codes)), flush=True)
     return 128 + stop.number if stop.number is not None else int(any(codes))
 
@@ -102,8 +102,15 @@ class _Stop:
     def __init__(self) -> None:
         self.number: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._note)
+
+    def __enter__(self) -> _Stop:
+        signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._note) for number in signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def wait_for(self, process: subprocess.Popen[bytes]) -> int:
         self._process = process

@@ -79,8 +79,8 @@ BAD = [
     ("data.sources=[{path: a, format: chta}]", "data.sources[0].format=chta does not exist; nearest: chat (all"),
     ("data.sources=a", "data.sources: "),
     ("nonsense", "is not KEY=VALUE"),
-    ("~train.steps", "a run takes plain KEY=VALUE."),
-    ("train.steps=1,2", "a run takes plain KEY=VALUE."),
+    ("~train.steps", "a run takes plain KEY=VALUE, and -m sweeps."),
+    ("train.steps=1,2", "a run takes plain KEY=VALUE, and -m sweeps."),
     ("train=3", "train is a section, not a key"),
 ]
 
