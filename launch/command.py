@@ -64,25 +64,25 @@ def _start_on_ranks(name: str, arguments: list[str]) -> None:
     """Run a command in as many processes as its options of torchrun say; nothing happens without such options."""
     own = COMMANDS[name].options
     at = next((place for place, word in enumerate(arguments) if word.partition("=")[0] in own), len(arguments))
-    first, rest = arguments[:at], arguments[at:]
-    late = [word for word in rest if word.startswith("-") and word.partition("=")[0] not in own]
-    if any(word.startswith("-") for word in first):
-        from launch.torchrun import main, with_script
+    launcher: list[str] = []
+    words = arguments
+    if any(word.startswith("-") for word in arguments[:at]):
+        from launch.torchrun import with_script
 
         spec = importlib.util.find_spec(COMMANDS[name].module)
         assert spec is not None and spec.origin is not None
-        launched = with_script(first, spec.origin)
-        script = launched.index(spec.origin) + 1
-        late = [word for word in launched[script:] if word.startswith("-")] + late
-        if not late and {"-m", "--multirun"}.intersection(rest):
-            sys.exit(_sweep([*launched[script:], *rest], [sys.executable, "-m", "launch.torchrun", *launched[:script]]))
-        sys.argv = [f"gemwright {name}", *launched, *rest]
-        if not late:
-            sys.exit(main())  # type: ignore[func-returns-value]
-    if late:
-        sys.exit(
-            f"error: {late[0]} comes too late; options of torchrun go first, as in: gemwright {name} --nproc 8 ..."
-        )
+        launched = with_script(arguments[:at], spec.origin)
+        start = launched.index(spec.origin) + 1
+        launcher, words = launched[:start], launched[start:] + arguments[at:]
+    late = next((word for word in words if word.startswith("-") and word.partition("=")[0] not in own), None)
+    if late is not None:
+        sys.exit(f"error: {late} comes too late; options of torchrun go first, as in: gemwright {name} --nproc 8 ...")
+    if not launcher:
+        return
+    if {"-m", "--multirun"}.intersection(words):
+        sys.exit(_sweep(words, [sys.executable, "-m", "launch.torchrun", *launcher]))
+    sys.argv = [f"gemwright {name}", *launcher, *words]
+    sys.exit(importlib.import_module("launch.torchrun").main())
 
 
 def _sweep(words: list[str], launcher: list[str]) -> int:

@@ -55,15 +55,14 @@ class Groups:
             raise ConfigError(
                 f"{group}={name} does not exist; nearest: {nearest(name, names)} (all: {', '.join(names)})."
             )
-        return f"{group}={name}" if group in self._placed else f"+{group}={name}"
+        return f"{'' if group in self._placed else '+'}{group}='{name}'"
 
 
 def _names_of(folder: Path) -> dict[str, list[str]]:
     """Groups of a folder, and the names in each."""
     found: dict[str, list[str]] = {}
-    for path in sorted(folder.glob("*/**/*.yaml")):
-        group = path.relative_to(folder).parts[0]
-        found.setdefault(group, []).append(path.relative_to(folder / group).with_suffix("").as_posix())
+    for path in sorted(folder.glob("*/*.yaml")):
+        found.setdefault(path.parent.name, []).append(path.stem)
     return found
 
 

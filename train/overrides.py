@@ -29,7 +29,7 @@ _OPTIONS = {
     ),
     **dict.fromkeys(("--config-name", "-cn"), f"there is no config to name; {_FILES}"),
     **dict.fromkeys(("-m", "--multirun"), "it starts the runs of a sweep, and goes with train alone, without --cfg."),
-    **dict.fromkeys(("--cfg", "-c"), "--cfg takes the word job after it, and prints the config of the run."),
+    **dict.fromkeys(("--cfg", "-c"), "it takes the word job after it, and prints the config of the run."),
 }
 
 
@@ -47,6 +47,8 @@ def read_overrides(words: list[str]) -> list[str]:
     texts += [text for word in words for text in (_from_file(word) if is_file(word) else [word])]
     choices, keys = {}, []
     for override in _parse(texts):
+        if override.is_delete() or override.is_sweep_override():
+            raise ConfigError(f"'{override.input_line}' deletes or sweeps; a run takes plain KEY=VALUE, and -m sweeps.")
         if _is_choice(override, groups):
             choices[override.key_or_group] = groups.choice(override.key_or_group, str(override.value()))
         else:
@@ -165,25 +167,17 @@ def _leaves_of(section: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str,
 def _is_choice(override: Override, groups: Groups) -> bool:
     """Whether an override chooses from a group, which may have the name of a section."""
     key = override.key_or_group
-    _require_plain(override)
-    if key not in groups or (
-        not isinstance(override.value(), str) and any(name.startswith(f"{key}.") for name, _ in leaves(Config))
-    ):
+    is_section = any(name.startswith(f"{key}.") for name, _ in leaves(Config))
+    if key not in groups or (is_section and not isinstance(override.value(), str)):
         return False
     if override.package is not None:
         raise ConfigError(f"'{override.input_line}' names a package; a choice is {key}=NAME.")
     return True
 
 
-def _require_plain(override: Override) -> None:
-    if override.is_delete() or override.is_sweep_override():
-        raise ConfigError(f"'{override.input_line}' deletes or sweeps; a run takes plain KEY=VALUE, and -m sweeps.")
-
-
 def _checked(override: Override, groups: Groups) -> list[str]:
     """The override as Hydra wants it, key by key, after its keys were found to exist."""
     key, text = override.key_or_group, override.input_line or ""
-    _require_plain(override)
     keys = dict(leaves(Config))
     if any(name.startswith(f"{key}.") for name in keys):
         value = override.value()

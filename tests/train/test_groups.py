@@ -88,7 +88,7 @@ def test_there_is_a_row_for_every_file() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_replaces_that_of_the_variant_in_any_order(recipe: str) -> None:
+def test_a_recipe_replaces_that_of_the_variant(recipe: str) -> None:
     *numbers, length, media = RECIPES[recipe]
     for variant, expected in zip(("e4b", "31b"), numbers, strict=True):
         config = load_config([f"+recipe={recipe}", f"+variant={variant}"])
@@ -97,12 +97,12 @@ def test_a_recipe_replaces_that_of_the_variant_in_any_order(recipe: str) -> None
         decay = 0.0 if variant == "31b" and recipe in ("finetune", "sft", "audio_transcription") else length[-1]
         assert length_and_schedule(config) == (*length[:-1], decay)
         assert (config.data.format, config.model.vision, config.model.audio) == media
-    assert load_config([f"variant={variant}", f"recipe={recipe}"]) == config
 
 
 def test_no_order_of_choices_and_keys_matters() -> None:
+    assert load_config(["variant=31b", "recipe=sft"]) == load_config(["+recipe=sft", "+variant=31b"])
     words = ["+variant=31b", "+recipe=sft", "schedule=wsd", "checkpoint=minutes", "optimizer.lr=3e-6"]
-    found = [load_config(list(order)) for order in itertools.islice(itertools.permutations(words), 0, 120, 17)]
+    found = [load_config(list(order)) for order in itertools.islice(itertools.permutations(words), 0, 120, 29)]
     assert all(config == found[0] for config in found)
     assert (found[0].schedule.name, found[0].schedule.final_lr_ratio) == ("wsd", 0.0)
     assert (found[0].checkpoint.every, found[0].checkpoint.every_minutes, found[0].optimizer.lr) == (0, 10, 3e-6)
@@ -136,6 +136,7 @@ def test_numbers_follow_the_size_and_not_the_name_alone() -> None:
     )
 
 
+GLOBAL = "# @package _global_\n"
 EXPERIMENT = """\
 # @package _global_
 defaults:
@@ -160,6 +161,9 @@ def test_a_folder_of_one_s_own_adds_choices(mine: Path, monkeypatch: pytest.Monk
     config = load_config(["--config-dir", str(mine), "+experiment=chats"])
     assert (config.model.name, config.optimizer.lr, config.data.format) == ("gemma4_e4b_it", 2e-5, "chat")
     assert config.train.global_batch_size == 4
+    (mine / "ablation").mkdir()
+    (mine / "ablation" / "001.yaml").write_text(GLOBAL + "train: {steps: 5}\n")
+    assert load_config(["--config-dir", str(mine), "+ablation='001'"]).train.steps == 5
     monkeypatch.chdir(mine.parent)
     words = [
         "--config-dir=my own",
@@ -171,9 +175,6 @@ def test_a_folder_of_one_s_own_adds_choices(mine: Path, monkeypatch: pytest.Monk
     config = load_config(words)
     assert (config.model.name, config.optimizer.lr, config.train.steps) == ("gemma4_e4b_it", 3e-4, 10000)
     assert (config.schedule.name, config.schedule.warmup_steps, config.train.global_batch_size) == ("linear", 3, 8)
-
-
-GLOBAL = "# @package _global_\n"
 
 
 @pytest.mark.parametrize(
@@ -235,6 +236,8 @@ def test_a_file_may_choose_groups_and_comes_before_the_command_line(tmp_path: Pa
         assert config.train.epochs is None
     config = load_config(["train.steps=9", "+recipe=pretrain", "--config", str(file)])
     assert (config.train.steps, config.data.format, config.model.name) == (9, "text", "gemma4_e4b_it")
+    file.write_text("variant: 12b\ntrain: {steps: 7}\n")
+    assert load_config([str(file)]).model.name == "gemma4_12b"
     file.write_text("defaults: {variant: [e4b]}\n")
     with pytest.raises(
         ConfigError, match=r"mine\.yaml: defaults has .*; write a list of GROUP: NAME, as in '- variant: e"
