@@ -16,10 +16,18 @@ class Command(NamedTuple):
     example: str
     on_ranks: bool = False
     """Whether options of torchrun may come first: then the command runs in as many processes as they say."""
+    options: tuple[str, ...] = ()
+    """Options of its own, which come after all of torchrun's."""
 
 
 COMMANDS = {
-    "train": Command("train.main", "Train or fine-tune.", "--nproc 8 +variant=31b run.dir=runs/mine", True),
+    "train": Command(
+        "train.main",
+        "Train or fine-tune.",
+        "--nproc 8 +variant=31b run.dir=runs/mine",
+        True,
+        ("--config", "--config-dir", "-cd", "--cfg", "-c", "-m", "--multirun"),
+    ),
     "export": Command(
         "launch.export", "Write a checkpoint as a folder that transformers opens.", "run=runs/mine out=my-gemma", True
     ),
@@ -46,26 +54,45 @@ def main() -> None:
     if name not in COMMANDS:
         _unknown(name)
     command = COMMANDS[name]
-    module = command.module
-    options = [argument for argument in arguments if argument.startswith("-")]
-    if command.on_ranks and options and not {"-h", "--help"}.intersection(options):
-        module, arguments = "launch.torchrun", _on_ranks(name, arguments)
+    if command.on_ranks and not {"-h", "--help"}.intersection(arguments):
+        _start_on_ranks(name, arguments)
     sys.argv = [f"gemwright {name}", *arguments]
-    sys.exit(importlib.import_module(module).main())
+    sys.exit(importlib.import_module(command.module).main())
 
 
-def _on_ranks(name: str, arguments: list[str]) -> list[str]:
-    """What torchrun is told, to run a command in several processes."""
-    from launch.torchrun import with_script
+def _start_on_ranks(name: str, arguments: list[str]) -> None:
+    """Run a command in as many processes as its options of torchrun say; nothing happens without such options."""
+    own = COMMANDS[name].options
+    at = next((place for place, word in enumerate(arguments) if word.partition("=")[0] in own), len(arguments))
+    launcher: list[str] = []
+    words = arguments
+    if any(word.startswith("-") for word in arguments[:at]):
+        from launch.torchrun import with_script
 
-    spec = importlib.util.find_spec(COMMANDS[name].module)
-    assert spec is not None and spec.origin is not None
-    launched = with_script(arguments, spec.origin)
-    own = launched[launched.index(spec.origin) + 1 :]
-    late = next((argument for argument in own if argument.startswith("-")), None)
+        spec = importlib.util.find_spec(COMMANDS[name].module)
+        assert spec is not None and spec.origin is not None
+        launched = with_script(arguments[:at], spec.origin)
+        start = launched.index(spec.origin) + 1
+        launcher, words = launched[:start], launched[start:] + arguments[at:]
+    late = next((word for word in words if word.startswith("-") and word.partition("=")[0] not in own), None)
     if late is not None:
         sys.exit(f"error: {late} comes too late; options of torchrun go first, as in: gemwright {name} --nproc 8 ...")
-    return launched
+    if not launcher:
+        return
+    if {"-m", "--multirun"}.intersection(words):
+        sys.exit(_sweep(words, [sys.executable, "-m", "launch.torchrun", *launcher]))
+    sys.argv = [f"gemwright {name}", *launcher, *words]
+    sys.exit(importlib.import_module("launch.torchrun").main())
+
+
+def _sweep(words: list[str], launcher: list[str]) -> int:
+    from model import UserError
+    from train.sweep import sweep
+
+    try:
+        return sweep(words, launcher)
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 def overview() -> str:

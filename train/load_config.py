@@ -19,11 +19,13 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from model import ConfigError
 from model.errors import nearest
 from train.config import Config, OptimizerConfig, SourceConfig
-from train.overrides import CONFIG_FOLDER, PATHS, leaves, read_overrides
+from train.groups import CONFIG_FOLDER, register_by_size
+from train.overrides import PATHS, leaves, nearest_key, read_overrides
 
 
 def load_config(overrides: list[str]) -> Config:
@@ -33,15 +35,20 @@ def load_config(overrides: list[str]) -> Config:
     """
     cleaned = read_overrides(overrides)
     ConfigStore.instance().store(name="schema", node=Config)
+    register_by_size()
     try:
         with initialize_config_dir(config_dir=str(CONFIG_FOLDER), version_base="1.3"):
             composed = compose("config", overrides=cleaned)
+        if missing := sorted(OmegaConf.missing_keys(composed)):
+            raise ConfigError(f"{missing[0]} has no value yet; give {missing[0]}=....")
         # Hydra lets `+key=value` add keys of its own; merging into the bare schema refuses them.
         config = OmegaConf.to_object(
             OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(composed, resolve=True))
         )
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error)) from None
+    except YAMLError as error:
+        raise ConfigError(f"a file of --config-dir is no YAML ({' '.join(str(error).split())[:200]}).") from None
     assert isinstance(config, Config)
     _check_fields(config)
     _expand_homes(config)
@@ -65,10 +72,20 @@ def _one_line(error: BaseException) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     lines = [line.strip() for line in str(cause).splitlines()]
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
-    message = lines[0].rstrip(".")
+    file = re.match(r"In '(.*)': \w+ raised while composing config:", lines[0])
+    message = lines[1 if file else 0].rstrip(".")
     if unknown := re.match(r"Key '(.*)' not in 'SourceConfig'", message):
         section = "data.validation" if key.startswith("data.validation") else "data.sources"
         return f"{section} has no key {unknown[1]}; nearest: {nearest(unknown[1], get_type_hints(SourceConfig))}."
+    if file and re.match(r"Key '.*' not in", message):
+        if key == file[1].partition("/")[0]:
+            return f"{file[1]}.yaml sets keys of a section '{key}'; begin the file with '# @package _global_'."
+        return f"{file[1]}.yaml: {key} is no config key; nearest: {nearest_key(key)}."
+    if absent := re.search(r"Could not find '(.+?)/(.+)'", message):
+        options = re.search(r"Available options in .*:\n((?:\t.*\n?)+)", str(cause))
+        names = options[1].split() if options else []
+        near = f"; nearest: {nearest(absent[2], names)} (all: {', '.join(names)})" if names else ""
+        return f"{absent[1]}={absent[2]} does not exist{near}."
     if re.match(r"Value .* (could not be converted|is not a valid)", message):
         expected = dict([*leaves(SourceConfig), *leaves(Config)]).get(key)
         value = re.search(r"'(.*?)'", message)

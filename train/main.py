@@ -4,9 +4,12 @@
     torchrun --nproc 8 train/main.py +variant=31b                 # a released size on eight GPUs
     torchrun --nproc 2 train/main.py +variant=tiny_31b train.steps=50 optimizer.lr=1e-3
     gemwright train --nproc 8 +variant=31b                        # installed, from any folder
+    python train/main.py -m +variant=tiny_e4b optimizer.lr=1e-3,3e-3    # two runs, one after the other
 
-Any key of train/config.py may follow as KEY=VALUE. The run folder (run.dir) gets config.yaml,
-metrics.jsonl, samples.jsonl, loss.png and checkpoints/; the same command goes on where it stopped.
+Any key of train/config.py may follow as KEY=VALUE, a choice of configs/ as +GROUP=NAME (+recipe=sft), a file of keys as
+--config mine.yaml, and a choice of your own as --config-dir FOLDER +experiment=mine; --cfg job prints what they give.
+The run folder (run.dir) gets config.yaml, metrics.jsonl, samples.jsonl, loss.png and checkpoints/; the same command
+goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from parallel.world import World, init_process_group, is_lost_rank, prepare_allo
 from train.load_config import load_config, printed
 from train.overrides import without_print
 from train.resolve import resolve
+from train.sweep import is_sweep, sweep, words_of_task
 from train.watch import ERROR
 
 _LESS_MEMORY = (
@@ -70,6 +74,16 @@ def _set_up(world: World) -> None:
     logging.getLogger("gemwright").setLevel(logging.INFO if world.rank == 0 else logging.ERROR)
 
 
+def _instead_of_a_run(words: list[str]) -> int | None:
+    """The exit status after a sweep, whose runs are processes of their own, or `--cfg job`; None if a run is wanted."""
+    if is_sweep(words) and "RANK" not in os.environ:
+        return sweep(words, [sys.executable, str(Path(__file__).resolve())])
+    if without_print(words) != words:
+        print(printed(load_config(without_print(words))), end="")
+        return 0
+    return None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Train as the command line says; the exit status, after one line for a mistake of the user's."""
     overrides = sys.argv[1:] if arguments is None else arguments
@@ -78,15 +92,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         world = World.from_environment()
-        if without_print(overrides) != overrides:  # --cfg job
-            print(printed(load_config(without_print(overrides))), end="")
-            return 0
+        if (status := _instead_of_a_run(overrides)) is not None:
+            return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     _set_up(world)
     try:
-        config = load_config(overrides)
+        config = load_config(words_of_task(overrides) if is_sweep(overrides) else overrides)
         device = select_device(config.run.device, world)
         run = resolve(config, world.size)
     except UserError as error:

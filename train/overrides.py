@@ -15,33 +15,66 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-import configs
 from model import ConfigError
-from model.errors import nearest
 from train.config import Config
+from train.groups import OWN, Groups
 
-CONFIG_FOLDER = Path(configs.__file__).parent
-GROUPS = ("variant",)
 PATHS = ("run.dir", "run.resume", "model.weights", "data.source", "data.tokenizer", "data.cache")
 """Keys whose values are paths: taken as they are written, a leading `~` is the home folder."""
 MAPPINGS = {"data.columns": "output"}
 """Sections in which the keys are a user's, each with an example."""
-_FILES = "keys of your own go into a file that is given by its name, as in: train/main.py mine.yaml train.steps=3."
+_FILES = "keys of your own go into a file, as in: train/main.py --config mine.yaml train.steps=3."
 _OPTIONS = {
-    **dict.fromkeys(("--config-dir", "-cd", "--config-path", "-cp"), f"there is no config folder to name; {_FILES}"),
+    **dict.fromkeys(
+        ("--config-path", "-cp"),
+        "there is one config folder; one of your own beside it is named by --config-dir FOLDER.",
+    ),
     **dict.fromkeys(("--config-name", "-cn"), f"there is no config to name; {_FILES}"),
-    **dict.fromkeys(("-m", "--multirun"), "one command is one run; start several one by one, each in its own run.dir."),
-    **dict.fromkeys(("--cfg", "-c"), "--cfg takes the word job after it, and prints the config of the run."),
+    **dict.fromkeys(("-m", "--multirun"), "it starts the runs of a sweep, and goes with train alone, without --cfg."),
+    **dict.fromkeys(("--cfg", "-c"), "it takes the word job after it, and prints the config of the run."),
 }
 
 
 def read_overrides(words: list[str]) -> list[str]:
-    """Overrides as Hydra wants them, in order: KEY=VALUE, SECTION={KEY: VALUE}, +variant=NAME, and files of YAML.
+    """Overrides as Hydra wants them: groups of `--config-dir`, choices, then keys, of which the last of a name counts.
 
+    words: KEY=VALUE, SECTION={KEY: VALUE}, +GROUP=NAME, files of YAML, and before all others those of `--config`.
     Raises `ConfigError` for anything else, with what is nearest or what to do.
     """
-    texts = [text for word in words for text in _from_file(word)]
-    return [text for override in _parse(texts) for text in _checked(override)]
+    files, words = take(words, "--config")
+    folders, words = take(words, "--config-dir", "-cd")
+    paths = [Path(folder).expanduser().absolute() for folder in folders]
+    groups = Groups(paths)
+    texts = [text for file in files for text in _from_file(file)]
+    texts += [text for word in words for text in (_from_file(word) if is_file(word) else [word])]
+    choices, keys = {}, []
+    for override in _parse(texts):
+        if override.is_delete() or override.is_sweep_override():
+            raise ConfigError(f"'{override.input_line}' deletes or sweeps; a run takes plain KEY=VALUE, and -m sweeps.")
+        if _is_choice(override, groups):
+            choices[override.key_or_group] = groups.choice(override.key_or_group, str(override.value()))
+        else:
+            keys += _checked(override, groups)
+    where = [f"hydra.searchpath={_written([f'file://{path}' for path in paths])}"] if paths else []
+    return [*where, *choices.values(), *keys]
+
+
+def take(words: list[str], *names: str) -> tuple[list[str], list[str]]:
+    """What follows an option by one of these names, as the next word or behind `=`, and the words without it.
+
+    Raises `ConfigError` where nothing follows.
+    """
+    found, others, left = [], [], iter(words)
+    for word in left:
+        name, _, value = word.partition("=")
+        if name not in names:
+            others.append(word)
+            continue
+        value = value or next(left, "")
+        if not value or value.startswith("-"):
+            raise ConfigError(f"{name} takes a path after it, as in: train/main.py {name} mine ....")
+        found.append(value)
+    return found, others
 
 
 def without_print(words: list[str]) -> list[str]:
@@ -50,20 +83,28 @@ def without_print(words: list[str]) -> list[str]:
     return words if at is None else words[:at] + words[at + 2 :]
 
 
-def _parse(overrides: list[str]) -> list[Override]:
-    parsed = []
-    for text in overrides:
-        if text.startswith("-"):
-            raise ConfigError(
-                _OPTIONS.get(text.partition("=")[0], f"{text} is no option; a run takes plain KEY=VALUE.")
-            )
-        try:
-            parsed += OverridesParser.create().parse_overrides([_quoted_path(text)])
-        except HydraException:
-            raise ConfigError(
-                f"'{' '.join(text.split())}' is not KEY=VALUE or +variant=NAME; quote values with special characters."
-            ) from None
-    return parsed
+def is_file(word: str) -> bool:
+    """Whether a word is the name of a file of keys."""
+    return "=" not in word and word.endswith((".yaml", ".yml"))
+
+
+def parse(text: str) -> Override:
+    """A word in Hydra's grammar. Raises `ConfigError`."""
+    if text.startswith("-"):
+        name = text.partition("=")[0]
+        raise ConfigError(
+            f"{name}: {_OPTIONS[name]}" if name in _OPTIONS else f"{text} is no option; a run takes plain KEY=VALUE."
+        )
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException:
+        raise ConfigError(
+            f"'{' '.join(text.split())}' is not KEY=VALUE or +variant=NAME; quote values with special characters."
+        ) from None
+
+
+def _parse(texts: list[str]) -> list[Override]:
+    return [parse(_quoted_path(text)) for text in texts]
 
 
 def _quoted_path(text: str) -> str:
@@ -88,17 +129,33 @@ def _written(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _from_file(text: str) -> list[str]:
-    """The overrides that a YAML file stands for; any other text stands for itself."""
-    if "=" in text or not text.endswith((".yaml", ".yml")):
-        return [text]
+def _from_file(name: str) -> list[str]:
+    """The overrides that a YAML file stands for: the groups that its defaults choose, then its keys."""
     try:
-        found = OmegaConf.to_container(OmegaConf.load(Path(text).expanduser()))
+        found = OmegaConf.to_container(OmegaConf.load(Path(name).expanduser()))
     except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{text} cannot be read as YAML ({' '.join(str(error).split())[:200]}).") from None
+        raise ConfigError(f"{name} cannot be read as YAML ({' '.join(str(error).split())[:200]}).") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"{text} holds no keys; write sections, as in 'train: {{steps: 3}}'.")
-    return [f"{key}={_written(value)}" for key, value in _leaves_of(found)]
+        raise ConfigError(f"{name} holds no keys; write sections, as in 'train: {{steps: 3}}'.")
+    chosen = _defaults(name, found.pop("defaults", []))
+    return chosen + [f"{key}={_written(value)}" for key, value in _leaves_of(found)]
+
+
+def _defaults(name: str, entries: Any) -> list[str]:
+    """Choices of groups, from a file's defaults list."""
+    chosen = []
+    for entry in entries if isinstance(entries, list) else [entries]:
+        match entry:
+            case "_self_":
+                continue
+            case dict() if len(entry) == 1 and all(isinstance(text, str) for text in [*entry, *entry.values()]):
+                [(group, choice)] = entry.items()
+                chosen.append(f"{group.removeprefix('override ').strip('/ ')}={choice}")
+            case _:
+                raise ConfigError(
+                    f"{name}: defaults has {entry}; write a list of GROUP: NAME, as in '- variant: e4b_it'."
+                )
+    return chosen
 
 
 def _leaves_of(section: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -109,17 +166,20 @@ def _leaves_of(section: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
-def _checked(override: Override) -> list[str]:
-    """The override as Hydra wants it, key by key, after keys and group choice were found to exist."""
+def _is_choice(override: Override, groups: Groups) -> bool:
+    """Whether an override chooses from a group, which may have the name of a section."""
+    key = override.key_or_group
+    is_section = any(name.startswith(f"{key}.") for name, _ in leaves(Config))
+    if key not in groups or (is_section and not isinstance(override.value(), str)):
+        return False
+    if override.package is not None:
+        raise ConfigError(f"'{override.input_line}' names a package; a choice is {key}=NAME.")
+    return True
+
+
+def _checked(override: Override, groups: Groups) -> list[str]:
+    """The override as Hydra wants it, key by key, after its keys were found to exist."""
     key, text = override.key_or_group, override.input_line or ""
-    if override.is_delete() or override.is_sweep_override():
-        raise ConfigError(f"'{text}' deletes or sweeps; a run takes plain KEY=VALUE.")
-    if key in GROUPS:
-        names = sorted(path.stem for path in (CONFIG_FOLDER / key).glob("*.yaml"))
-        if str(override.value()) not in names:
-            near = nearest(str(override.value()), names)
-            raise ConfigError(f"{key}={override.value()} does not exist; nearest: {near} (all: {', '.join(names)}).")
-        return [f"+{key}={override.value()}"]
     keys = dict(leaves(Config))
     if key.rpartition(".")[0] in MAPPINGS:
         return [f"++{text.lstrip('+')}"]
@@ -129,15 +189,26 @@ def _checked(override: Override) -> list[str]:
             example = f"{key}.{MAPPINGS[key]}" if key in MAPPINGS else next(n for n in keys if n.startswith(f"{key}."))
             raise ConfigError(f"{key} is a section, not a key; set its keys, as in {example}=....")
         inner = [f"{name}={_written(item)}" for name, item in _leaves_of(value, f"{key}.")]
-        return [text for each in _parse(inner) for text in _checked(each)]
-    if key in ("experiment", "hydra") or key.startswith("hydra."):
-        raise ConfigError(
-            f"{key} is no config group; groups: {', '.join(GROUPS)}. Keys of your own go into a file that is given by "
-            "its name, as in: train/main.py mine.yaml."
-        )
+        return [text for each in _parse(inner) for text in _checked(each, groups)]
     if key not in keys:
-        raise ConfigError(f"{key} is no config key; nearest: {max(keys, key=lambda k: _likeness(key, k))}.")
+        raise ConfigError(_unknown(key, groups))
     return [text.lstrip("+")]
+
+
+def _unknown(key: str, groups: Groups) -> str:
+    if key == OWN or key.partition(".")[0] == "hydra":
+        return (
+            f"{key} is no config group; groups: {groups}. One of your own is a folder in that of --config-dir, as "
+            f"{OWN}/mine.yaml in: train/main.py --config-dir FOLDER +{OWN}=mine."
+        )
+    if "." not in key and (near := groups.like(key)):
+        return f"{key} is no config group; nearest: {near} (all: {groups})."
+    return f"{key} is no config key; nearest: {nearest_key(key)}."
+
+
+def nearest_key(wrong: str) -> str:
+    """The key that a mistyped one means."""
+    return max(dict(leaves(Config)), key=lambda key: _likeness(wrong, key))
 
 
 def leaves(schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -72,6 +72,19 @@ def test_an_option_of_the_launcher_behind_other_arguments_is_refused(tmp_path: P
     )
 
 
+def test_options_of_a_run_come_behind_those_of_the_launcher(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("run: {dir: runs/mine}\n")
+    status, out, error = gemwright("train", "--config", "mine.yaml", "run.seed=5", "--nproc", "2", cwd=tmp_path)
+    assert (status, out, error.startswith("error: --nproc comes too late")) == (1, "", True)
+    words = ["+variant=tiny_e4b", "--config=mine.yaml", "-m", "run.seed=5,6", "--cfg", "job"]
+    status, out, error = gemwright("train", "--nproc", "2", *words, cwd=tmp_path)
+    assert (status, error) == (0, ""), "one process sweeps, not one of torchrun's"
+    assert [line for line in out.splitlines() if line.startswith(("---", "#", "  dir:", "  seed:"))] == [
+        *("---", "# run.seed=5", "  dir: runs/mine/0_seed_5", "  seed: 5"),
+        *("---", "# run.seed=6", "  dir: runs/mine/1_seed_6", "  seed: 6"),
+    ]
+
+
 @pytest.mark.parametrize("command", [["launch.command", "variants"], ["train.main"]], ids=" ".join)
 @pytest.mark.parametrize("name", ["data.py", "data/__init__.py"])
 def test_somebody_else_s_package_is_named(command: list[str], name: str, tmp_path: Path) -> None:

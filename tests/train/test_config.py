@@ -8,8 +8,8 @@ import yaml
 from data.chat.shapes import LineShape
 from model import ConfigError
 from model.variants import VARIANT_NAMES
+from train.groups import CONFIG_FOLDER
 from train.load_config import load_config
-from train.overrides import CONFIG_FOLDER
 from train.resolve import line_shape, resolve
 
 
@@ -103,8 +103,8 @@ BAD = [
     ("data.columns=output", "data.columns is a section, not a key; set its keys, as in data.columns.output=...."),
     ("data.sources=a", "data.sources: "),
     ("nonsense", "is not KEY=VALUE"),
-    ("~train.steps", "a run takes plain KEY=VALUE."),
-    ("train.steps=1,2", "a run takes plain KEY=VALUE."),
+    ("~train.steps", "a run takes plain KEY=VALUE, and -m sweeps."),
+    ("train.steps=1,2", "a run takes plain KEY=VALUE, and -m sweeps."),
     ("train=3", "train is a section, not a key"),
 ]
 

@@ -41,13 +41,14 @@ def test_columns_are_a_section_whose_keys_are_the_users(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("--config-dir=mine", "there is no config folder to name; keys of your own go into a file"),
+        ("--config-path=mine", "there is one config folder; one of your own beside it is named by --config-dir FOLDER"),
         ("--config-name=mine", "there is no config to name; keys of your own go into a file"),
-        ("-m", "one command is one run"),
-        ("--multirun", "one command is one run"),
+        ("--config", "--config takes a path after it"),
+        ("-m", "it starts the runs of a sweep, and goes with train alone"),
+        ("--multirun", "it starts the runs of a sweep, and goes with train alone"),
         ("--cfg", "takes the word job after it"),
         ("--lr", "--lr is no option; a run takes plain KEY=VALUE"),
-        ("+experiment=mine", "experiment is no config group; groups: variant"),
+        ("+experiment=mine", "experiment is no config group; groups: checkpoint, cluster, data"),
         ("hydra.run.dir=x", "is no config group"),
         ("nowhere.yaml", "nowhere.yaml cannot be read as YAML"),
     ],
