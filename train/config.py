@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+from data.chat.documents import ON_LONG
 from data.chat.shapes import AUTO, SHAPES
 from data.corpus.open import FORMATS
+from data.corpus.packing import PACKINGS
 from data.corpus.reading import ON_BAD
 from model import Gemma4Config
 from model.encoders.config import ENCODERS
@@ -129,6 +131,10 @@ class DataConfig:
     """tokenizer.json or its folder; unset takes that of model.weights, or trains one of tokenizer_vocab_size pieces."""
     tokenizer_vocab_size: int = 8192
     sequence_length: int = at_least(256, 2)
+    packing: str = one_of("split", *PACKINGS)
+    """text: split (end to end, cut at each sequence's end) | best_fit (cut only if longer than a sequence, padded)"""
+    on_long: str = one_of("cut", *ON_LONG)
+    """chat: cut (to the whole turns that fit a sequence) | drop | refuse"""
     workers: int = at_least(0, 0)
     on_bad: str = one_of("refuse", *ON_BAD)
     """refuse | skip: what becomes of lines and media that cannot be read; skipped ones are counted and named."""

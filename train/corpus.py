@@ -41,6 +41,8 @@ def prepare_data(run: Resolved, world: World, stop: StopRequest) -> Data:
         data.tokenizer_vocab_size,
         data.thinking,
         line_shape(data),
+        data.packing,
+        data.on_long,
         Path(data.cache) if data.cache else None,
         Policy(data.on_bad, data.strict, check_stop, verify=first),
         data.held_out,

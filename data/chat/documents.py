@@ -39,13 +39,16 @@ from data.tokenizer import load_tokenizer
 from data.workers import in_order, in_worker
 from model import ConfigError, Gemma4Config, UserError
 
+ON_LONG = ("cut", "drop", "refuse")
+
 
 @dataclass(frozen=True)
 class ChatFormat:
     """Conversations as this model reads them; `thinking` turns thinking on in every line; `shape` is that of lines.
 
-    A conversation of more than `sequence_length` tokens is cut to whole turns; one with nothing supervised, or only
-    beyond that, is left out. Media files are read to learn their sizes, and kept by name and digest.
+    on_long says what becomes of a conversation of more than `sequence_length` tokens: it is cut to whole turns,
+    dropped, or refused. One with nothing supervised, or only beyond that, is left out. Media files are read to learn
+    their sizes, and kept by name and digest.
     """
 
     tokenizer: Path | None
@@ -53,6 +56,7 @@ class ChatFormat:
     sequence_length: int
     thinking: bool = False
     shape: LineShape = ANY_SHAPE
+    on_long: str = "cut"
     packing = Whole
     noun = "conversations"
     fix = "give conversations with an assistant, or raise data.sequence_length"
@@ -75,7 +79,7 @@ class ChatFormat:
         """All that the tokens depend on besides the contents of files, as a text for the cache's key."""
         sees = self.config.vision is not None
         settings = f"{NEWEST}/{template_size(self.config)}/{self.flags}/{self.sequence_length}/{sees}"
-        return f"{settings}/{self.processor}/{self.shape}"
+        return f"{settings}/{self.processor}/{self.shape}/{self.on_long}"
 
     def make_tokenizer(self, reading: Reading) -> Tokenizer:
         """The model's own tokenizer. Raises `ConfigError` without one, since none is trained for conversations."""
@@ -118,7 +122,7 @@ class _Work:
         self.measured.fill((file.kind, file.path) for chat in chats for file in chat.files)
         reading.media |= {file.path.resolve() for chat in chats for file in chat.files}
         tokens = _tokens(chats, self.measured, self.tokenizer, reading)
-        return list(_fitting(tokens, self.format.sequence_length, reading)), reading
+        return list(_fitting(tokens, self.format, reading)), reading
 
     def _open(self, item: Conversation | PlainText, folder: Path, root: int) -> _Chat:
         if isinstance(item, PlainText):
@@ -206,15 +210,21 @@ def _tokens(
 
 
 def _fitting(
-    lines: Iterable[tuple[_Chat, Encoded, list[tuple[MediaItem, str]]]], length: int, reading: Reading
+    lines: Iterable[tuple[_Chat, Encoded, list[tuple[MediaItem, str]]]], format: ChatFormat, reading: Reading
 ) -> Iterator[Document]:
-    """Documents of at most `length` tokens, of the lines in which something is learned."""
-    counts = reading.counts
+    """Documents of at most a sequence's tokens, of the lines in which something is learned."""
+    counts, length = reading.counts, format.sequence_length
     for chat, encoded, media in lines:
         add(counts.keys, chat.item.unused)
         add(counts.media, (note for item, _ in media for note in item.notes))
         if not any(encoded.supervised):
             counts.unsupervised += 1
+            continue
+        if len(encoded.ids) > length and format.on_long == "refuse":
+            reading.bad(f"{chat.item.where} has {len(encoded.ids):,} tokens, more than data.sequence_length={length}")
+            continue
+        if len(encoded.ids) > length and format.on_long == "drop":
+            counts.too_long += 1
             continue
         try:
             fitting = truncate(encoded, length)

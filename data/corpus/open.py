@@ -21,6 +21,7 @@ from data.chat.shapes import LineShape
 from data.corpus.dataset import PackedDataset
 from data.corpus.held_out import is_held_out
 from data.corpus.mixture import Mixture, Stage, Turns, shares_by_size, whole_parts
+from data.corpus.packing import PACKINGS, BestFit
 from data.corpus.prepare import Corpus, Format, Policy, prepare
 from data.corpus.text import TextFormat
 from model import ConfigError, Gemma4Config
@@ -66,6 +67,10 @@ class Settings:
     thinking: bool = False
     shape: LineShape = ANY_SHAPE
     """How lines of conversations are written."""
+    packing: str = "split"
+    """How texts fill sequences: a name of `PACKINGS`."""
+    on_long: str = "cut"
+    """What becomes of a conversation that is longer than a sequence: one of `ON_LONG`."""
     cache: Path | None = None
     policy: Policy = field(default_factory=Policy)
     held_out: float = 0.0
@@ -79,9 +84,14 @@ class Settings:
 
 
 FORMATS: dict[str, Callable[[Settings], Format]] = {
-    "text": lambda settings: TextFormat(settings.tokenizer, settings.vocab_size),
+    "text": lambda settings: TextFormat(settings.tokenizer, settings.vocab_size, PACKINGS[settings.packing]),
     "chat": lambda settings: ChatFormat(
-        settings.tokenizer, settings.model, settings.sequence_length, settings.thinking, settings.shape
+        settings.tokenizer,
+        settings.model,
+        settings.sequence_length,
+        settings.thinking,
+        settings.shape,
+        settings.on_long,
     ),
 }
 
@@ -180,6 +190,7 @@ def open_data(sources: Sequence[Source], settings: Settings) -> Data:
         if settings.held_out:
             validation[_unused(source.name, validation)] = _packed(corpus, settings, held_out & ~known)
         key = corpus.shard.digest if trained.all() else f"{corpus.shard.digest} without {_digest(~trained)}"
+        key += " by best fit" if corpus.packing is BestFit else ""
         keys.append(_unused(key, keys))
     for source, corpus in zip(settings.validation, others, strict=True):
         validation[_unused(source.name, validation)] = _packed(corpus, settings, None)

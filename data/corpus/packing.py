@@ -1,4 +1,4 @@
-"""Which pieces of which documents make up each sequence: `Split` for texts, `Whole` for conversations.
+"""Which pieces of which documents make up each sequence: `Split` or `BestFit` for texts, `Whole` for conversations.
 
 A packing knows the lengths of documents and nothing else of them. All epochs have as many sequences; which document
 stands where is drawn anew for each.
@@ -22,6 +22,9 @@ _SIZE_BITS = 7
 """A size is a length rounded up to this many binary digits (by 1/64 at most), so that more documents have the same."""
 
 
+EMPTY = "the corpus is empty; data.source must hold at least one document."
+
+
 class Piece(NamedTuple):
     """Tokens [start, stop) of a document."""
 
@@ -33,13 +36,14 @@ class Piece(NamedTuple):
 class Split:
     """Documents end to end, cut into sequences: one may run over the end of a sequence. The tail is dropped."""
 
+    name = "split"
     padding = 0.0
 
     def __init__(self, lengths: Ints, sequence_length: int, seed: int) -> None:
         self.lengths, self.sequence_length = lengths, sequence_length
         self.num_tokens = int(lengths.sum())
         if self.num_tokens < 2:
-            raise ShardError("the corpus is empty; data.source must hold at least one document.")
+            raise ShardError(EMPTY)
         self.sequences_per_epoch = max(1, self.num_tokens // sequence_length)
 
     def epoch(self, shuffled: Ints) -> Callable[[int], list[Piece]]:
@@ -62,9 +66,10 @@ class Split:
 class Whole:
     """Documents that are never cut, several to a sequence, which ends in padding.
 
-    The sizes that share a sequence are the same in each epoch; which document of a size takes which place is not.
     Raises `ShardError` if a document is longer than a sequence.
     """
+
+    name = "whole"
 
     def __init__(self, lengths: Ints, sequence_length: int, seed: int) -> None:
         if lengths.max() > sequence_length:
@@ -72,7 +77,14 @@ class Whole:
                 f"the corpus holds a conversation of {lengths.max()} tokens, more than "
                 f"data.sequence_length={sequence_length}; prepare it for that length."
             )
-        self.lengths = lengths
+        self._pack(np.arange(len(lengths)), np.zeros_like(lengths), lengths, sequence_length, seed)
+
+    def _pack(self, documents: Ints, starts: Ints, lengths: Ints, sequence_length: int, seed: int) -> None:
+        """Find which sizes of parts of documents share a sequence.
+
+        They are the same in each epoch; which part of a size takes which place is not.
+        """
+        self.documents, self.starts, self.lengths = documents, starts, lengths
         self.sizes = np.minimum(_rounded_up(lengths), sequence_length)
         self.by_size = np.argsort(self.sizes, kind="stable")
         bins = best_fit(self.sizes, sequence_length, np.random.default_rng(seed).permutation(len(lengths)))
@@ -83,16 +95,39 @@ class Whole:
 
     def epoch(self, shuffled: Ints) -> Callable[[int], list[Piece]]:
         """What makes each sequence of an epoch, given its documents in random order."""
-        documents = np.empty_like(shuffled)
-        documents[self.by_size] = shuffled[np.argsort(self.sizes[shuffled], kind="stable")]
-        return partial(self._pieces, documents)
+        order = np.argsort(np.argsort(shuffled)[self.documents], kind="stable")  # parts, as their documents come
+        parts = np.empty_like(order)
+        parts[self.by_size] = order[np.argsort(self.sizes[order], kind="stable")]
+        return partial(self._pieces, parts)
 
-    def _pieces(self, documents: Ints, sequence: int) -> list[Piece]:
-        places = self.places[self.ends[sequence] : self.ends[sequence + 1]]
-        return [Piece(document, 0, int(self.lengths[document])) for document in documents[places].tolist()]
+    def _pieces(self, parts: Ints, sequence: int) -> list[Piece]:
+        found = parts[self.places[self.ends[sequence] : self.ends[sequence + 1]]]
+        starts = self.starts[found]
+        return [*map(Piece, self.documents[found].tolist(), starts.tolist(), (starts + self.lengths[found]).tolist())]
+
+
+class BestFit(Whole):
+    """Documents that are cut only where they are longer than a sequence; sequences end in padding.
+
+    Such a document fills whole sequences, and what is left of it is packed like a shorter one (arXiv:2404.10830).
+    """
+
+    name = "best_fit"
+
+    def __init__(self, lengths: Ints, sequence_length: int, seed: int) -> None:
+        if not lengths.sum():
+            raise ShardError(EMPTY)
+        parts = -(-lengths // sequence_length)
+        documents = np.repeat(np.arange(len(lengths)), parts)
+        number = np.arange(len(documents)) - np.repeat(np.cumsum(parts) - parts, parts)
+        starts = number * sequence_length
+        self._pack(documents, starts, np.minimum(lengths[documents] - starts, sequence_length), sequence_length, seed)
 
 
 Packing: TypeAlias = Split | Whole
+
+PACKINGS: dict[str, type[Packing]] = {"split": Split, "best_fit": BestFit}
+"""How texts may fill sequences."""
 
 
 def best_fit(sizes: Ints, capacity: int, order: Ints) -> list[list[int]]:

@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data.corpus.held_out import ContentHash
-from data.corpus.packing import Split
+from data.corpus.packing import Packing, Split
 from data.corpus.reading import Reading
 from data.corpus.shards import Document
 from data.corpus.sources import SourceFiles, read_texts, source_files
@@ -26,7 +26,7 @@ class TextFormat:
 
     tokenizer: Path | None
     vocab_size: int = 8192
-    packing = Split
+    packing: type[Packing] = Split
     noun = "documents"
     fix = "give files with at least one document"
 

@@ -83,6 +83,17 @@ def test_long_ones_are_cut_and_those_without_a_label_left_out(tmp_path: Path) ->
     assert sum(len(dataset[i].images) for i in range(dataset.sequences_per_epoch)) == 1
 
 
+def test_long_ones_are_dropped_or_refused_where_wanted(tmp_path: Path) -> None:
+    lines = [chat(user(), model()), chat(user(), model(), user(text("And? " * 60)), model("A bird."))]
+    cut = make(tmp_path, lines, sequence_length=110)
+    assert cut.shard.counts == Counts(kept=2, cut=1, shapes={"messages": 2})
+    dropped = prepared(tmp_path, TEXT_ONLY, sequence_length=110, on_long="drop")
+    assert dropped.shard.counts == Counts(kept=1, too_long=1, shapes={"messages": 2})
+    assert ids_of(dropped.shard.document(0)) == ids_of(cut.shard.document(0)) and dropped.folder != cut.folder
+    with pytest.raises(UserError, match=r"chats.jsonl:2 has \d+ tokens, more than data.sequence_length=110. Mend"):
+        prepared(tmp_path, TEXT_ONLY, sequence_length=110, on_long="refuse")
+
+
 def test_something_must_remain(tmp_path: Path) -> None:
     for lines, found in (
         ([], "it is empty"),
