@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from model.encoders.clipped_linear import BOUNDS
 
 ELEMENTS_PER_BLOCK = 1 << 20
+_DECODER_LAYERS = "language_model.layers."
 _ZEROS = ("bias", "std_bias", "per_dim_scale")
 
 
@@ -33,12 +34,41 @@ Fill = Callable[[list[Slice]], None]
 """Gives slices of a model's tensors their values: drawn, or read from a checkpoint."""
 
 
-def random_fill(seed: int, std: float, padding_row: int) -> Fill:
+Vector = Callable[[str, torch.Size], float]
+"""The value at which all of a vector starts, by its name and shape."""
+
+
+def reference_vector(name: str, shape: torch.Size) -> float:
+    """Norm weights, scales and `layer_scalar` start at 1, biases and `per_dim_scale` at 0, clip bounds infinite."""
+    last = name.rpartition(".")[2]
+    return BOUNDS.get(last, 0.0 if last in _ZEROS else 1.0)
+
+
+def stable_vector(num_layers: int) -> Vector:
+    """A start for training from nothing: as the reference, but for two kinds of norms in the decoder's layers.
+
+    Scores have no scale of their own (docs/gemma4.md 12): with norms of queries at 1 their standard deviation is the
+    square root of the head width, and softmax picks one key. The norms after attention and feed-forward add a vector
+    of this size to the hidden states whatever the weights before them, so that is where depth is made up for.
+    """
+
+    def vector(name: str, shape: torch.Size) -> float:
+        module = name.removesuffix(".weight").rpartition(".")[2]
+        if name.startswith(_DECODER_LAYERS) and module == "q_norm":
+            return shape[0] ** -0.5
+        if name.startswith(_DECODER_LAYERS) and module in ("post_attention_layernorm", "post_feedforward_layernorm"):
+            return (2 * num_layers) ** -0.5
+        return reference_vector(name, shape)
+
+    return vector
+
+
+def random_fill(seed: int, std: float, padding_row: int, vector: Vector = reference_vector) -> Fill:
     """Initial values as `init_slice_` draws them."""
 
     def fill(slices: Iterable[Slice]) -> None:
         for part in slices:
-            init_slice_(*part, seed, std, padding_row)
+            init_slice_(*part, seed, std, padding_row, vector)
 
     return fill
 
@@ -65,18 +95,23 @@ def initialised_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def init_slice_(
-    local: Tensor, name: str, shape: torch.Size, offset: tuple[int, ...], seed: int, std: float, padding_row: int
+    local: Tensor,
+    name: str,
+    shape: torch.Size,
+    offset: tuple[int, ...],
+    seed: int,
+    std: float,
+    padding_row: int,
+    vector: Vector = reference_vector,
 ) -> None:
     """Fill `local`, the slice at `offset` of a tensor of `shape`, in place.
 
-    Norm weights, scales and `layer_scalar` are 1, biases and `per_dim_scale` 0, clip bounds
-    infinite; everything else is N(0, std) with a zero `padding_row` in the two embedding tables.
+    Vectors are what `vector` says; everything else is N(0, std) with a zero `padding_row` in the two embedding tables.
     """
     if local.numel() == 0:
         return
     if len(shape) < 2:
-        last = name.rpartition(".")[2]
-        local.fill_(BOUNDS.get(last, 0.0 if last in _ZEROS else 1.0))
+        local.fill_(vector(name, shape))
         return
     columns = tuple(slice(o, o + n) for o, n in zip(offset[1:], local.shape[1:], strict=True))
     rows_per_block = max(1, ELEMENTS_PER_BLOCK // shape[1:].numel())

@@ -18,6 +18,7 @@ from parallel.options import PlanConfig, at_least, one_of
 from parallel.world import DEVICES, DTYPES
 from train.objective import OBJECTIVES
 
+INITS = ("reference", "stable")
 EXPORT_DTYPES = ("auto", "bfloat16", "float32")
 
 
@@ -233,6 +234,8 @@ class ModelConfig(ModelOverrides):  # type: ignore[misc, valid-type]
     """A named variant with some sizes changed, the weights it starts from, and its encoders."""
 
     name: str = "gemma4_tiny_e4b"
+    init: str = one_of("reference", *INITS)
+    """reference | stable (norms of queries and after each block start smaller): values to start from without weights"""
     weights: str | None = None
     """A checkpoint folder, hub id or registered name to start from; its config.json then gives the sizes."""
     strict: bool = False

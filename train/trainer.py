@@ -17,7 +17,7 @@ from torch.profiler import record_function
 from data.loader import BatchLoader, StepSampler
 from model import ConfigError, UserError
 from model.hf.weights import Weights
-from model.init import Fill, random_fill
+from model.init import Fill, random_fill, reference_vector, stable_vector
 from model.media import Media
 from parallel.agree import RankError, summed_counts, together
 from parallel.apply import build_parallel_model
@@ -141,7 +141,9 @@ class Trainer:
         if self.run.weights is None or checkpoint is not None:
             if checkpoint is not None:
                 self._find_origin(checkpoint)
-            return random_fill(config.run.seed, model.initializer_range, model.pad_token_id)
+            stable = config.model.init == "stable"
+            vector = stable_vector(model.num_hidden_layers) if stable else reference_vector
+            return random_fill(config.run.seed, model.initializer_range, model.pad_token_id, vector)
         weights = Weights(self.run.weights, model, strict=self.config.model.strict)
         if self.world.rank == 0:
             dtypes = {name: entry.dtype for name, entry in weights.entries.items()}
