@@ -14,7 +14,7 @@ setup: .venv/.installed
 	touch $@
 
 train: setup
-	$(BIN)/torchrun --nproc 2 train/main.py run.device=cpu run.dir=runs/demo
+	$(BIN)/torchrun --nproc 2 train/main.py run.device=cpu run.dir=runs/demo data.held_out=0.02
 
 test: setup lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile

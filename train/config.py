@@ -234,8 +234,8 @@ class ModelConfig(ModelOverrides):  # type: ignore[misc, valid-type]
     """A named variant with some sizes changed, the weights it starts from, and its encoders."""
 
     name: str = "gemma4_tiny_e4b"
-    init: str = one_of("reference", *INITS)
-    """reference | stable (norms of queries and after each block start smaller): values to start from without weights"""
+    init: str = one_of("stable", *INITS)
+    """stable (norms of queries and after blocks start below 1) | reference: how drawn weights start"""
     weights: str | None = None
     """A checkpoint folder, hub id or registered name to start from; its config.json then gives the sizes."""
     strict: bool = False
