@@ -6,6 +6,13 @@
 file= may be given several times. A line is {"messages": [...]}, with "tools" if wanted, or {"text": "..."}. A media
 part is shown as four soft tokens, whatever its file would give; keys that nothing reads are named as unused. Without a
 tokenizer one is trained on each line.
+
+    python -m launch.show file=chats.jsonl tokenizer=runs/mine/tokenizer.json html=page.html
+
+writes one page that a browser opens without any network: for each file its counts and a histogram of lengths, and
+samples=50 of its documents, spread evenly over it (0 for all), with pictures and players where their soft tokens are,
+of which it has the real number. Every document is read to be counted.
+
 size is small (E2B, E4B) or large (12B, 26B-A4B, 31B). Others: thinking=true as if every line had enable_thinking,
 borders=true to see where tokens end, color=false for brackets instead (so does NO_COLOR in the environment).
 """
@@ -14,8 +21,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from tokenizers import Tokenizer
+
+from data.chat.page import PageError, View, make_page
 from data.chat.read import read_conversations
 from data.chat.show import DEMO, mark, shown_tokens
 from data.tokenizer import load_tokenizer
@@ -32,13 +44,32 @@ class Options:
     thinking: bool = False
     borders: bool = False
     color: bool = True
+    html: str | None = None
+    samples: int = 50
 
 
 def show(options: Options) -> None:
-    """Print conversations as the model sees them, supervised tokens in green or between brackets."""
-    color = options.color and not os.environ.get("NO_COLOR")
+    """Print conversations as the model sees them, or write a page of them."""
     flags = {"enable_thinking": True} if options.thinking else {}
     tokenizer = load_tokenizer(Path(options.tokenizer)) if options.tokenizer else None
+    if options.html:
+        write_page(options, View(tokenizer, options.size, flags, options.samples), Path(options.html))
+    else:
+        print_tokens(options, tokenizer, flags)
+
+
+def write_page(options: Options, view: View, target: Path) -> None:
+    """Write a page of the files that the options name, or of a built-in conversation."""
+    if target.suffix != ".html":
+        raise PageError(f"html={target} does not end in .html, and might be other data; name a page.")
+    files = {Path(file): partial(read_conversations, [Path(file)]) for file in options.file}
+    target.write_text(make_page(files or {Path("demo"): lambda: [DEMO]}, view), encoding="utf-8")
+    print(f"{target}: {target.stat().st_size / 1e6:,.1f} MB")
+
+
+def print_tokens(options: Options, tokenizer: Tokenizer | None, flags: dict[str, Any]) -> None:
+    """Print conversations, supervised tokens in green or between brackets."""
+    color = options.color and not os.environ.get("NO_COLOR")
     for item in read_conversations(map(Path, options.file)) if options.file else [DEMO]:
         texts, encoded = shown_tokens(item, tokenizer, options.size, flags)
         total, learned = len(encoded.ids), sum(encoded.supervised)

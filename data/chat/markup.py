@@ -1,0 +1,111 @@
+"""A document's tokens as HTML: turns, what is learned, control tokens, and media at the place of their tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from operator import itemgetter
+
+from data.chat.encode import Encoded
+from data.chat.previews import Part
+from data.chat.read import Conversation, PlainText
+from data.chat.visible import visible
+from data.tokenizer import MEDIA_TOKENS, SPECIAL_TOKENS
+
+MAX_TOKENS = 4000
+"""Shown of a document; the others are counted."""
+_CONTROL = frozenset((*SPECIAL_TOKENS, *MEDIA_TOKENS))
+_SOFT_TOKENS = ("<|image|>", "<|audio|>", "<|video|>")
+_HEADER = re.compile(r"(?:<bos>)?<\|turn>(system|developer|user|model)\n")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A line of a file with its tokens, the text of each, and its media parts."""
+
+    item: Conversation | PlainText
+    texts: list[str]
+    encoded: Encoded
+    parts: Sequence[Part] = ()
+
+    @property
+    def learned(self) -> int:
+        """Tokens that the model learns to write."""
+        return sum(self.encoded.supervised)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it has no turns."""
+        return isinstance(self.item, PlainText)
+
+    def html(self) -> str:
+        """An article: a heading with counts, and the turns."""
+        total = len(self.texts)
+        unused = f"<span class=note>unused: {visible(', '.join(self.item.unused))}</span>" if self.item.unused else ""
+        heading = f"<b>{visible(self.item.where)}</b> {counted(total, self.learned)} {unused}"
+        turns = "\n".join(self._turn(*turn) for turn in _turns(self) if turn[1] < MAX_TOKENS)
+        left = sum(self.encoded.supervised[MAX_TOKENS:])
+        rest = f"<p class=note>and {total - MAX_TOKENS:,} more tokens, {left:,} of them supervised</p>"
+        return f"<article><h3>{heading}</h3>\n{turns}{rest if total > MAX_TOKENS else ''}</article>"
+
+    def _turn(self, role: str, start: int, stop: int) -> str:
+        pieces = "".join(
+            f"<mark>{joined}</mark>" if learned else joined
+            for learned, run in groupby(self._pieces(start, min(stop, MAX_TOKENS)), key=itemgetter(0))
+            for joined in ["".join(piece for _, piece in run)]
+        )
+        return f'<div class="turn {role}"><div class=role>{role}</div><div class=tokens>{pieces}</div></div>'
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[bool, str]]:
+        """Whether it is learned, and its HTML, of each token or media part that begins in the range."""
+        media: Mapping[int, tuple[int, Part]] = {
+            first: (end, part) for (first, end), part in zip(self.encoded.media, self.parts, strict=True)
+        }
+        ids: list[int] = []
+        while start < stop:
+            if start in media:
+                end, part = media[start]
+                yield False, _figure(part, self.texts[start:end])
+                start = end
+                continue
+            text, ids = self.texts[start], [*ids, self.encoded.ids[start]]
+            if text:
+                control = text in _CONTROL and not (self.is_text and 0 < start < len(self.texts) - 1)
+                yield self.encoded.supervised[start], _token(text, ids, control)
+                ids = []
+            start += 1
+
+
+def counted(tokens: int, learned: int) -> str:
+    """Tokens and the share of them that is learned, as HTML."""
+    share = f" ({learned / tokens:.1%})" if tokens else ""
+    return f"<span>{tokens:,} tokens</span> <span>{learned:,} supervised{share}</span>"
+
+
+def _turns(shown: Shown) -> Iterator[tuple[str, int, int]]:
+    """Role, start and stop of each turn; what follows the last one that is closed is a turn too."""
+    total = len(shown.texts)
+    if shown.is_text:
+        yield "text", 0, total
+        return
+    for start, stop in pairwise(sorted({0, *shown.encoded.turn_ends, total})):
+        header = _HEADER.match("".join(shown.texts[start : start + 32]))
+        yield (header[1] if header else "other"), start, stop
+
+
+def _token(text: str, ids: Sequence[int], control: bool) -> str:
+    kind = " class=control" if control else " class=break" if not text.strip("\n") else ""
+    return f'<i{kind} title="id {", ".join(map(str, ids))}">{visible(text)}</i>'
+
+
+def _figure(part: Part, texts: Sequence[str]) -> str:
+    """A media part with its name, its number of soft tokens, and its tokens, equal ones once."""
+    soft, tokens = sum(text in _SOFT_TOKENS for text in texts), ""
+    for text, run in groupby(texts):
+        count = len(list(run))
+        tokens += f"{visible(text)}&times;{count}" if text in _SOFT_TOKENS else visible(text) * count
+    caption = f"{visible(part.name or part.kind)}: {soft:,} soft tokens"
+    problem = f" <span class=note>stand for it: {visible(part.problem)}</span>" if part.problem else ""
+    return f"<figure>{part.html()}<figcaption>{caption}{problem}<div class=soft>{tokens}</div></figcaption></figure>"
