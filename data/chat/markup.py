@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from operator import itemgetter
+from typing import NamedTuple
 
 from data.chat.encode import Encoded
 from data.chat.previews import Part
@@ -19,6 +20,8 @@ MAX_TOKENS = 4000
 _CONTROL = frozenset((*SPECIAL_TOKENS, *MEDIA_TOKENS))
 _SOFT_TOKENS = ("<|image|>", "<|audio|>", "<|video|>")
 _HEADER = re.compile(r"(?:<bos>)?<\|turn>(system|developer|user|model)\n")
+_HEADER_TOKENS = 32
+"""No role has so many."""
 
 
 @dataclass(frozen=True)
@@ -45,37 +48,48 @@ class Shown:
         total = len(self.texts)
         unused = f"<span class=note>unused: {visible(', '.join(self.item.unused))}</span>" if self.item.unused else ""
         heading = f"<b>{visible(self.item.where)}</b> {counted(total, self.learned)} {unused}"
-        turns = "\n".join(self._turn(*turn) for turn in _turns(self) if turn[1] < MAX_TOKENS)
+        turns = "\n".join(self._turn(turn) for turn in _turns(self) if turn.start < MAX_TOKENS)
         left = sum(self.encoded.supervised[MAX_TOKENS:])
         rest = f"<p class=note>and {total - MAX_TOKENS:,} more tokens, {left:,} of them supervised</p>"
         return f"<article><h3>{heading}</h3>\n{turns}{rest if total > MAX_TOKENS else ''}</article>"
 
-    def _turn(self, role: str, start: int, stop: int) -> str:
+    def _turn(self, turn: _Turn) -> str:
         pieces = "".join(
             f"<mark>{joined}</mark>" if learned else joined
-            for learned, run in groupby(self._pieces(start, min(stop, MAX_TOKENS)), key=itemgetter(0))
+            for learned, run in groupby(self._pieces(turn), key=itemgetter(0))
             for joined in ["".join(piece for _, piece in run)]
         )
-        return f'<div class="turn {role}"><div class=role>{role}</div><div class=tokens>{pieces}</div></div>'
+        return f'<div class="turn {turn.role}"><div class=role>{turn.role}</div><div class=tokens>{pieces}</div></div>'
 
-    def _pieces(self, start: int, stop: int) -> Iterator[tuple[bool, str]]:
-        """Whether it is learned, and its HTML, of each token or media part that begins in the range."""
+    def _pieces(self, turn: _Turn) -> Iterator[tuple[bool, str]]:
+        """Whether it is learned, and its HTML, of each token or media part that begins in the turn."""
         media: Mapping[int, tuple[int, Part]] = {
-            first: (end, part) for (first, end), part in zip(self.encoded.media, self.parts, strict=True)
+            start: (stop, part) for (start, stop), part in zip(self.encoded.media, self.parts, strict=True)
         }
-        ids: list[int] = []
-        while start < stop:
-            if start in media:
-                end, part = media[start]
-                yield False, _figure(part, self.texts[start:end])
-                start = end
+        i, ids = turn.start, list[int]()
+        while i < min(turn.stop, MAX_TOKENS):
+            if i in media:
+                stop, part = media[i]
+                yield False, _figure(part, self.texts[i:stop])
+                i = stop
                 continue
-            text, ids = self.texts[start], [*ids, self.encoded.ids[start]]
-            if text:
-                control = text in _CONTROL and not (self.is_text and 0 < start < len(self.texts) - 1)
-                yield self.encoded.supervised[start], _token(text, ids, control)
+            ids.append(self.encoded.ids[i])
+            if text := self.texts[i]:  # several tokens may share a character, which the last of them has
+                yield self.encoded.supervised[i], _token(text, ids, i < turn.header or self._is_control(i))
                 ids = []
-            start += 1
+            i += 1
+
+    def _is_control(self, i: int) -> bool:
+        """Whether a token is one of the format's; in a text only the outermost are, whatever it spells."""
+        return self.texts[i] in _CONTROL and not (self.is_text and 0 < i < len(self.texts) - 1)
+
+
+class _Turn(NamedTuple):
+    role: str
+    start: int
+    header: int
+    """Where the line that names the role ends."""
+    stop: int
 
 
 def counted(tokens: int, learned: int) -> str:
@@ -84,15 +98,19 @@ def counted(tokens: int, learned: int) -> str:
     return f"<span>{tokens:,} tokens</span> <span>{learned:,} supervised{share}</span>"
 
 
-def _turns(shown: Shown) -> Iterator[tuple[str, int, int]]:
-    """Role, start and stop of each turn; what follows the last one that is closed is a turn too."""
+def _turns(shown: Shown) -> Iterator[_Turn]:
+    """The turns of a conversation, the last of which may be open, or all of a text."""
     total = len(shown.texts)
     if shown.is_text:
-        yield "text", 0, total
+        yield _Turn("text", 0, 0, total)
         return
     for start, stop in pairwise(sorted({0, *shown.encoded.turn_ends, total})):
-        header = _HEADER.match("".join(shown.texts[start : start + 32]))
-        yield (header[1] if header else "other"), start, stop
+        found = _HEADER.match("".join(shown.texts[start : start + _HEADER_TOKENS]))
+        if not found:
+            yield _Turn("other", start, start, stop)
+            continue
+        ends = accumulate(map(len, shown.texts[start : start + _HEADER_TOKENS]))
+        yield _Turn(found[1], start, start + 1 + [*ends].index(found.end()), stop)
 
 
 def _token(text: str, ids: Sequence[int], control: bool) -> str:
