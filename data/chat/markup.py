@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
 from operator import itemgetter
@@ -17,8 +17,8 @@ from data.tokenizer import MEDIA_TOKENS, SPECIAL_TOKENS
 
 MAX_TOKENS = 4000
 """Shown of a document; the others are counted."""
-_CONTROL = frozenset((*SPECIAL_TOKENS, *MEDIA_TOKENS))
-_SOFT_TOKENS = ("<|image|>", "<|audio|>", "<|video|>")
+CONTROL = frozenset((*SPECIAL_TOKENS, *MEDIA_TOKENS))
+SOFT_TOKENS = ("<|image|>", "<|audio|>", "<|video|>")
 _HEADER = re.compile(r"(?:<bos>)?<\|turn>(system|developer|user|model)\n")
 _HEADER_TOKENS = 32
 """No role has so many."""
@@ -54,12 +54,7 @@ class Shown:
         return f"<article><h3>{heading}</h3>\n{turns}{rest if total > MAX_TOKENS else ''}</article>"
 
     def _turn(self, turn: _Turn) -> str:
-        pieces = "".join(
-            f"<mark>{joined}</mark>" if learned else joined
-            for learned, run in groupby(self._pieces(turn), key=itemgetter(0))
-            for joined in ["".join(piece for _, piece in run)]
-        )
-        return f'<div class="turn {turn.role}"><div class=role>{turn.role}</div><div class=tokens>{pieces}</div></div>'
+        return block(turn.role, turn.role, self._pieces(turn))
 
     def _pieces(self, turn: _Turn) -> Iterator[tuple[bool, str]]:
         """Whether it is learned, and its HTML, of each token or media part that begins in the turn."""
@@ -75,13 +70,13 @@ class Shown:
                 continue
             ids.append(self.encoded.ids[i])
             if text := self.texts[i]:  # several tokens may share a character, which the last of them has
-                yield self.encoded.supervised[i], _token(text, ids, i < turn.header or self._is_control(i))
+                yield self.encoded.supervised[i], token(text, ids, i < turn.header or self._is_control(i))
                 ids = []
             i += 1
 
     def _is_control(self, i: int) -> bool:
         """Whether a token is one of the format's; in a text only the outermost are, whatever it spells."""
-        return self.texts[i] in _CONTROL and not (self.is_text and 0 < i < len(self.texts) - 1)
+        return self.texts[i] in CONTROL and not (self.is_text and 0 < i < len(self.texts) - 1)
 
 
 class _Turn(NamedTuple):
@@ -90,6 +85,19 @@ class _Turn(NamedTuple):
     header: int
     """Where the line that names the role ends."""
     stop: int
+
+
+def block(kind: str, label: str, pieces: Iterable[tuple[bool, str]]) -> str:
+    """A labelled block of pieces of HTML, each with whether it is learned."""
+    joined = ((learned, "".join(piece for _, piece in run)) for learned, run in groupby(pieces, key=itemgetter(0)))
+    tokens = "".join(f"<mark>{piece}</mark>" if learned else piece for learned, piece in joined)
+    return f'<div class="turn {kind}"><div class=role>{label}</div><div class=tokens>{tokens}</div></div>'
+
+
+def token(text: str, ids: Sequence[int], control: bool) -> str:
+    """A token, or several that share a character, as HTML."""
+    kind = " class=control" if control else " class=break" if not text.strip("\n") else ""
+    return f'<i{kind} title="id {", ".join(map(str, ids))}">{visible(text)}</i>'
 
 
 def counted(tokens: int, learned: int) -> str:
@@ -113,17 +121,12 @@ def _turns(shown: Shown) -> Iterator[_Turn]:
         yield _Turn(found[1], start, start + 1 + [*ends].index(found.end()), stop)
 
 
-def _token(text: str, ids: Sequence[int], control: bool) -> str:
-    kind = " class=control" if control else " class=break" if not text.strip("\n") else ""
-    return f'<i{kind} title="id {", ".join(map(str, ids))}">{visible(text)}</i>'
-
-
 def _figure(part: Part, texts: Sequence[str]) -> str:
     """A media part with its name, its number of soft tokens, and its tokens, equal ones once."""
-    soft, tokens = sum(text in _SOFT_TOKENS for text in texts), ""
+    soft, tokens = sum(text in SOFT_TOKENS for text in texts), ""
     for text, run in groupby(texts):
         count = len(list(run))
-        tokens += f"{visible(text)}&times;{count}" if text in _SOFT_TOKENS else visible(text) * count
+        tokens += f"{visible(text)}&times;{count}" if text in SOFT_TOKENS else visible(text) * count
     caption = f"{visible(part.name or part.kind)}: {soft:,} soft tokens"
     problem = f" <span class=note>stand for it: {visible(part.problem)}</span>" if part.problem else ""
     return f"<figure>{part.html()}<figcaption>{caption}{problem}<div class=soft>{tokens}</div></figcaption></figure>"

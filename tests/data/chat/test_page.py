@@ -7,7 +7,6 @@ import io
 import json
 import re
 from functools import partial
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,58 +23,7 @@ from data.media.process import MediaProcessor
 from data.tokenizer import load_tokenizer
 from launch.show import main as show
 from tests.harness.chat_files import TOKENIZER, chat, model, text, user, write_media
-
-HOSTILE = (
-    "<script>alert(1)</script>",
-    '"><img src=x onerror=alert(1)>',
-    "' onmouseover='alert(1)",
-    "</div></article></style></title><!-- <svg onload=alert(1)>",
-    "$summary ${files} &lt;b&gt; ]]>",
-    "\x00\x1b[31m\r\u202eright to left\u2028",
-)
-ATTRIBUTES = {"lang", "charset", "http-equiv", "content", "name", "type", "id", "for", "href", "class", "title"}
-ATTRIBUTES |= {"viewbox", "width", "height", "role", "aria-label", "x", "y", "rx", "src", "alt", "controls", "preload"}
-TAGS = {"html", "head", "meta", "title", "style", "body", "input", "h1", "h2", "h3", "div", "table", "thead", "tbody"}
-TAGS |= {"tr", "th", "td", "label", "span", "mark", "main", "section", "p", "svg", "g", "rect", "text", "article", "b"}
-TAGS |= {"i", "s", "figure", "figcaption", "a", "img", "audio", "video"}
-
-
-class Page(HTMLParser):
-    """Elements of a page, its text, the text of each token, and what is learned of that."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.tokens: list[str] = []
-        self.learned = ""
-        self.open: list[str] = []
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attributes)))
-        self.tokens += [""] * (tag == "i")
-        if tag not in ("meta", "input", "img", "rect"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        if "i" in self.open:
-            self.tokens[-1] += data
-            self.learned += data if "mark" in self.open else ""
-
-    def handle_comment(self, data: str) -> None:
-        raise AssertionError(f"a comment: {data}")
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
+from tests.harness.html import ATTRIBUTES, HOSTILE, TAGS, Page
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> Path:
@@ -243,6 +191,12 @@ def test_the_bars_tell_the_number_of_documents(tmp_path: Path) -> None:
     html = make_page(reading(write(tmp_path / "chats.jsonl", lines)), View(TOKENIZER, samples=3))
     told = [int(count) for count in re.findall(r"<title>[\d,]+ to [\d,]+ tokens: ([\d,]+) documents</title>", html)]
     assert len(told) > 2 and sum(told) == 40
+    shown = [shown_tokens(item, TOKENIZER, "small", {})[1] for item in read_conversations([tmp_path / "chats.jsonl"])]
+    tokens, learned = sum(len(item.ids) for item in shown), sum(sum(item.supervised) for item in shown)
+    assert f"40 documents, 3 of them below, spread evenly over the file {tokens:,} tokens {learned:,} supervised" in (
+        Page(html).text
+    )
+    assert f"chats.jsonl40{tokens:,}{learned:,}{learned / tokens:.1%}" in Page(html).text
 
 
 @pytest.mark.parametrize(("samples", "shown"), [(4, [1, 6, 11, 16]), (30, [*range(1, 21)]), (0, [*range(1, 21)])])
