@@ -15,7 +15,8 @@ of which it has the real number. Every document is read to be counted.
 
     python -m launch.show source=chats.jsonl format=chat sequence_length=1024 rows=8 html=page.html tokenizer=...
 
-also shows the first rows of a run on that data.source (a file, folder or glob): how documents are packed.
+also shows the first rows of a run on that data.source (a file, folder or glob; format=text for texts): how documents
+are packed. The prepared source is kept in the cache, as a run keeps it.
 
 size is small (E2B, E4B) or large (12B, 26B-A4B, 31B). Others: thinking=true as if every line had enable_thinking,
 borders=true to see where tokens end, color=false for brackets instead (so does NO_COLOR in the environment).
@@ -26,7 +27,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,7 @@ class Options:
 
 def show(options: Options) -> None:
     """Print conversations as the model sees them, or write a page of them."""
-    if options.source and (options.file or not options.html):
-        raise UserError(f"source={options.source} is shown in a page, without file=; give it with html=page.html.")
+    _check(options)
     if options.html:
         write_page(options, Path(options.html))
     else:
@@ -97,6 +97,25 @@ def print_tokens(options: Options) -> None:
         unused = f"; unused: {', '.join(item.unused)}" if item.unused else ""
         print(f"{item.where}: {total} tokens, {learned} supervised ({learned / total:.1%}){unused}")
         print(mark(texts, encoded.supervised, color, options.borders).rstrip("\n"), end="\n\n")
+
+
+def _check(options: Options) -> None:
+    """Raises `UserError` for what would have no effect, or is out of bounds."""
+    defaults = {field.name: field.default for field in fields(options)}
+    for names, needed, is_given in (
+        (("samples", "source"), "html=page.html", options.html),
+        (("format", "sequence_length", "rows"), "source=chats.jsonl", options.source),
+    ):
+        for name in names:
+            if getattr(options, name) != defaults[name] and not is_given:
+                raise UserError(
+                    f"{name}={getattr(options, name)} has no effect without {needed}; add that, or drop it."
+                )
+    if options.source and options.file:
+        raise UserError(f"source={options.source} and file= are two ways to name what is shown; give one.")
+    for name, least in (("samples", 0), ("rows", 0), ("sequence_length", 2)):
+        if getattr(options, name) < least:
+            raise UserError(f"{name}={getattr(options, name)} is below {least}; give {least} or more.")
 
 
 def _flags(options: Options) -> dict[str, Any]:

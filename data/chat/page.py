@@ -44,10 +44,6 @@ class View:
     flags: dict[str, Any] = field(default_factory=dict)
     samples: int = 50
 
-    def __post_init__(self) -> None:
-        if self.samples < 0:
-            raise PageError(f"samples={self.samples} is below 0; give a number of documents, or 0 for all.")
-
 
 @dataclass(frozen=True)
 class _File:

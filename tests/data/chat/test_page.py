@@ -57,6 +57,7 @@ def test_whatever_data_says_is_text(tmp_path: Path) -> None:
         for bad in HOSTILE
     ]
     lines += [{"text": bad} for bad in HOSTILE]
+    lines += [chat(user(), model(), **{"half a pair \ud800": 1})]
     lines += [chat(user({"type": kind, "path": bad}), model()) for bad in HOSTILE for kind in ("image", "video")]
     path = tmp_path / "<script>alert('1')<" / 'script> onload="x".jsonl'
     path.parent.mkdir()
@@ -67,6 +68,7 @@ def test_whatever_data_says_is_text(tmp_path: Path) -> None:
     for words in ("<script>alert(1)</script>", "onerror=alert(1)>", "<svg onload=alert(1)>", "${files} &lt;b&gt; ]]>"):
         assert found.text.count(words) >= 3
     assert "\x1b" not in found.text and "\u202e" not in found.text and "\\x1b[31m" in found.text
+    assert "half a pair \\ud800" in found.text and found.text.encode()
     assert str(path) in found.text and len(found.all("article")) == len(lines)
 
 
@@ -231,7 +233,9 @@ def test_pages_that_would_show_nothing_or_replace_data_are_refused(
     for arguments, said in (
         ([f"file={empty}", f"html={target}"], wanted),
         ([f"file={some}", f"html={some}"], f"html={some} does not end in .html, and might be other data; name a page."),
-        ([f"html={target}", "samples=-1"], "samples=-1 is below 0; give a number of documents, or 0 for all."),
+        ([f"file={some}", "samples=9"], "samples=9 has no effect without html=page.html; add that, or drop it."),
+        ([f"html={target}", "rows=9"], "rows=9 has no effect without source=chats.jsonl; add that, or drop it."),
+        ([f"html={target}", "samples=-1"], "samples=-1 is below 0; give 0 or more."),
     ):
         monkeypatch.setattr("sys.argv", ["show", *arguments])
         with pytest.raises(SystemExit) as left:

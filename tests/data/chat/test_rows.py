@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -101,10 +100,12 @@ def test_a_source_is_shown_with_documents_and_rows(
     chats = run(f"source={tmp_path}/*.jsonl", "sequence_length=64", "rows=1", f"html={target}")
     assert len(chats.all("article")) == 3 + 1 and "Packed rows of 64" in chats.text
     assert capsys.readouterr().out.endswith(f"{target}: 0.0 MB\n")
-    for arguments in ([f"source={tmp_path}"], [f"source={tmp_path}", f"html={target}", "file=x.jsonl"]):
+    both = f"source={tmp_path} and file= are two ways to name what is shown; give one."
+    short = "sequence_length=1 is below 2; give 2 or more."
+    for arguments, said in (("file=x.jsonl", both), ("sequence_length=1", short)):
         with pytest.raises(SystemExit) as left:
-            run(*arguments)
-        assert left.value.code == (
-            f"error: source={tmp_path} is shown in a page, without file=; give it with html=page.html."
-        )
-    assert json.loads((tmp_path / "chats.jsonl").read_text().splitlines()[0])["messages"]
+            run(f"source={tmp_path}", f"html={target}", arguments)
+        assert left.value.code == f"error: {said}"
+    with pytest.raises(SystemExit) as left:
+        run(f"source={tmp_path}")
+    assert str(left.value.code).endswith("has no effect without html=page.html; add that, or drop it.")
