@@ -113,6 +113,8 @@ def _check(options: Options) -> None:
                 )
     if options.source and options.file:
         raise UserError(f"source={options.source} and file= are two ways to name what is shown; give one.")
+    if options.source and options.format == "chat" and not options.tokenizer:
+        raise UserError(f"source={options.source} with format=chat needs tokenizer=; give the model's own.")
     for name, least in (("samples", 0), ("rows", 0), ("sequence_length", 2)):
         if getattr(options, name) < least:
             raise UserError(f"{name}={getattr(options, name)} is below {least}; give {least} or more.")

@@ -112,7 +112,10 @@ def _turns(shown: Shown) -> Iterator[_Turn]:
     if shown.is_text:
         yield _Turn("text", 0, 0, total)
         return
-    for start, stop in pairwise(sorted({0, *shown.encoded.turn_ends, total})):
+    # A call that nothing answers is not closed: what the model wrote last is then the beginning of an answer.
+    learned = zip(pairwise(shown.texts), shown.encoded.supervised, strict=False)
+    unanswered = {i for i, (pair, flag) in enumerate(learned, 1) if flag and pair == ("<|tool_response>", "<|turn>")}
+    for start, stop in pairwise(sorted({0, *shown.encoded.turn_ends, *unanswered, total})):
         found = _HEADER.match("".join(shown.texts[start : start + _HEADER_TOKENS]))
         if not found:
             yield _Turn("other", start, start, stop)

@@ -120,6 +120,15 @@ def test_what_is_learned_is_marked_and_turns_have_their_roles(tmp_path: Path) ->
     assert ids == shown_tokens(item, TOKENIZER, "small", {})[1].ids
 
 
+def test_a_turn_after_a_call_without_an_answer_is_one_of_its_own(tmp_path: Path) -> None:
+    call = {"id": "1", "function": {"name": "sky", "arguments": {}}}
+    lines = [
+        chat(user(), {"role": "assistant", "tool_calls": [call]}, say("<|tool_response><|turn>model\nno"), model())
+    ]
+    html = make_page(reading(write(tmp_path / "chats.jsonl", lines)), View(TOKENIZER))
+    assert re.findall('<div class="turn (\\w+)">', html) == ["user", "model", "user", "model"]
+
+
 def test_media_are_in_the_page_with_what_they_are_and_their_soft_tokens(tmp_path: Path) -> None:
     write_media(tmp_path)
     (tmp_path / "film.mp4").rename(tmp_path / "film.txt")

@@ -106,6 +106,9 @@ def test_a_source_is_shown_with_documents_and_rows(
         with pytest.raises(SystemExit) as left:
             run(f"source={tmp_path}", f"html={target}", arguments)
         assert left.value.code == f"error: {said}"
+    monkeypatch.setattr("sys.argv", ["show", "source=x", f"html={target}"])
+    with pytest.raises(SystemExit, match=r"^error: source=x with format=chat needs tokenizer=; give the"):
+        show()
     with pytest.raises(SystemExit) as left:
         run(f"source={tmp_path}")
     assert str(left.value.code).endswith("has no effect without html=page.html; add that, or drop it.")
