@@ -36,7 +36,7 @@ COMMANDS = {
     "variants": Command("launch.variants", "List models, their sizes and parameters.", "e4b 31b"),
     "benchmark": Command("launch.benchmarks.compare", "Measure a kernel or a step beside the plain one.", "attention"),
     "prepare": Command("launch.prepare", "Tokenise texts once and keep the result.", "source=texts"),
-    "show": Command("launch.show", "Print conversations with what is learned in colour.", "file=chats.jsonl"),
+    "show": Command("launch.show", "Show conversations with what is learned in colour.", "file=chats.jsonl"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Conversations as the model reads them, with what it learns to write in colour.
+"""Conversations as the model reads them, with what it learns to write in colour, for a terminal.
 
 A media part is shown as four soft tokens, whatever its file would give.
 """
@@ -12,9 +12,9 @@ from itertools import groupby, pairwise
 from operator import itemgetter
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
-from data.chat.encode import Encoded, encode, encode_text, expand, tokenise
+from data.chat.encode import Encoded, Media, encode_text, expand, marked, tokenise
 from data.chat.read import Conversation, PlainText, located
 from data.tokenizer import train_tokenizer
 
@@ -87,20 +87,30 @@ def _printable(text: str) -> str:
 
 
 def shown_tokens(
-    item: Conversation | PlainText, tokenizer: Tokenizer | None, size: str, flags: dict[str, Any]
+    item: Conversation | PlainText,
+    tokenizer: Tokenizer | None,
+    size: str,
+    flags: dict[str, Any],
+    media: Sequence[Media] | None = None,
 ) -> tuple[list[str], Encoded]:
-    """Text of each token, and the tokens; without a tokenizer one is trained on the item itself."""
+    """Text of each token, and the tokens; without a tokenizer one is trained on the item itself.
+
+    `media` holds what takes the place of each media part, in order; without it stand-ins do.
+    """
     if isinstance(item, PlainText):
         tokenizer = tokenizer or train_tokenizer([item.text], _VOCAB_SIZE)
-        return ["<bos>", *_pieces(item.text, tokenizer, False), "<eos>"], encode_text(item.text, tokenizer)
+        encoding = tokenise(item.text, tokenizer, control_tokens=False)
+        return ["<bos>", *_pieces(item.text, encoding), "<eos>"], encode_text(item.text, tokenizer)
     rendered = item.render(size, **flags)
     tokenizer = tokenizer or train_tokenizer([rendered.text], _VOCAB_SIZE)
-    media = [StandIn(kind) for kind, _, _ in rendered.media]
+    media = [StandIn(kind) for kind, _, _ in rendered.media] if media is None else media
     with located(item.where):
-        return _pieces(expand(rendered, media).text, tokenizer, True), encode(rendered, tokenizer, media)
+        expanded = expand(rendered, media)
+        encoding = tokenise(expanded.text, tokenizer, control_tokens=True)
+        return _pieces(expanded.text, encoding), marked(expanded, encoding, tokenizer)
 
 
-def _pieces(text: str, tokenizer: Tokenizer, control_tokens: bool) -> list[str]:
+def _pieces(text: str, encoding: Encoding) -> list[str]:
     """Where several tokens share a character, the last has it."""
-    starts = [start for start, _ in tokenise(text, tokenizer, control_tokens).offsets]
+    starts = [start for start, _ in encoding.offsets]
     return [text[start:end] for start, end in pairwise([*starts, len(text)])]

@@ -83,6 +83,12 @@ def check_media_tokens(tokenizer: Tokenizer, config: Gemma4Config) -> None:
             )
 
 
+def with_media_tokens(config: Gemma4Config, tokenizer: Tokenizer) -> Gemma4Config:
+    """The config with the ids that this tokenizer gives media tokens; what it does not know keeps its id."""
+    ids = {name: tokenizer.token_to_id(token) for name, token in (_VISION_TOKENS | _AUDIO_TOKENS).items()}
+    return config.replace(**{f"{name}_token_id": found for name, found in ids.items() if found is not None})
+
+
 def measure(kind: str, path: Path, processor: MediaProcessor, config: Gemma4Config) -> MediaItem:
     """Placeholder and sizes of a file, without its values.
 

@@ -64,7 +64,7 @@ def test_a_wheel_trains_outside_the_checkout_and_leaves_torchrun_alone(tmp_path:
     pip("install", "--quiet", "--no-index", "--no-deps", built)
     names = zipfile.ZipFile(built).namelist()
     top = {name.partition("/")[0] for name in names}
-    assert {"data/chat/gemma4.jinja", "data/corpus/open.py", "data/media/read.py"} <= {*names}
+    assert {"data/chat/gemma4.jinja", "data/chat/page.html", "data/corpus/open.py", "data/media/read.py"} <= {*names}
     (info,) = (name for name in top if name.endswith(".dist-info"))
     assert top == {*PACKAGES, info}
     record = (site / info / "RECORD").read_text().splitlines()
