@@ -80,14 +80,12 @@ def write_page(options: Options, target: Path) -> None:
         raise PageError(f"html={target} does not end in .html, and might be other data; name a page.")
     path = Path(options.tokenizer) if options.tokenizer else None
     view = View(load_tokenizer(path) if path else None, options.size, _flags(options), options.samples)
-    files: Files = {
-        Path(file): partial(read_conversations, [Path(file)], LineShape(options.shape, options.columns))
-        for file in options.file
-    }
+    shape = LineShape(options.shape, options.columns)
+    files: Files = {Path(file): partial(read_conversations, [Path(file)], shape) for file in options.file}
     rows = ""
     if options.source:
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-        source = Source(options.source, 1, options.format)
+        source = Source(options.source, 1, options.format, shape=shape)
         data = open_source(source, options.sequence_length, path, options.size, options.thinking)
         files, view, rows = files_of(source), replace(view, tokenizer=data.tokenizer), rows_html(data, options.rows)
     target.write_text(make_page(files or {Path("demo"): lambda: [DEMO]}, view, rows), encoding="utf-8")
