@@ -117,6 +117,6 @@ def test_conversations_in_a_table_of_text_are_json(tmp_path: Path) -> None:
     said = str(caught.value).replace(f"{tmp_path}/", "").split("; ")
     assert "a.csv: row 3: messages must be a list, or its JSON as text" in said
     assert any(part.startswith('a.csv: row 4 has neither a "messages" list nor a "text" string') for part in said)
-    assert 'a.csv: row 5 has neither a "messages" list nor a "text" string' in said
+    assert any(part.startswith('a.csv: row 5 has neither a "messages" list nor a "text" string') for part in said)
     counts = prepared(tmp_path / "a.csv", "chat", "skip").shard.counts
     assert (counts.kept, counts.unsupervised, counts.bad) == (1, 1, 3) and not counts.ignored()
