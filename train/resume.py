@@ -58,7 +58,7 @@ class Progress:
     """Digest of the small files of the weights that the run began with; empty for drawn ones."""
 
     @classmethod
-    def fresh(cls, run: Resolved, opened: Data, steps: int) -> Progress:
+    def fresh(cls, run: Resolved, opened: Data) -> Progress:
         """Nothing done yet, and what the numbers will refer to."""
         tokenizer = hashlib.sha256(opened.tokenizer_file.read_bytes()).hexdigest()
         data = {
@@ -69,7 +69,7 @@ class Progress:
         }
         sizes = json.loads(json.dumps(asdict(run.model)))  # as they are read back
         config = asdict(run.config)
-        return cls(0, 0, 0, data, sizes, list(run.frozen), config, steps, used=dict.fromkeys(opened.keys, 0))
+        return cls(0, 0, 0, data, sizes, list(run.frozen), config, used=dict.fromkeys(opened.keys, 0))
 
 
 def find_checkpoint(wanted: str, checkpointer: Checkpointer) -> Path | None:

@@ -124,16 +124,15 @@ class Trainer:
         """Where the run goes on, how long it is, and what has changed since."""
         config, run = self.config, self.run
         checkpoint = find_checkpoint(config.run.resume, self.checkpointer)
-        self.steps = run_length(config.train, self.data.sequences_per_epoch, self.data.turns.length)
-        self.progress, changed = Progress.fresh(run, self.data, self.steps), list[str]()
+        self.progress = Progress.fresh(run, self.data)
         if checkpoint is not None:
             self.progress = progress_from(checkpoint, self.progress)
             self.data = self.data.going_on(self.progress.since, self.progress.used_before)
-            self.steps = run_length(config.train, self.data.sequences_per_epoch, self.data.turns.length)
-            self.progress = replace(self.progress, steps=self.steps)
-            changed = changes(saved_progress(checkpoint), self.progress)
+        # Only now is it known where the limits of sources end the run.
+        self.steps = run_length(config.train, self.data.sequences_per_epoch, self.data.turns.length)
+        self.progress = replace(self.progress, steps=self.steps)
         check_schedule(config.schedule, self.steps)
-        return checkpoint, changed
+        return checkpoint, [] if checkpoint is None else changes(saved_progress(checkpoint), self.progress)
 
     def _initial_values(self, checkpoint: Path | None) -> Fill:
         """Drawn, or the slices of a released checkpoint; a resumed run reads its own checkpoint afterwards."""
