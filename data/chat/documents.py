@@ -27,7 +27,7 @@ from data.chat.shapes import LineShape
 from data.chat.template import template_size
 from data.containers.records import RECORDS, Batch, records_of
 from data.corpus.counts import add
-from data.corpus.held_out import hash_of, without_paths
+from data.corpus.held_out import hash_of
 from data.corpus.packing import Whole
 from data.corpus.reading import Reading
 from data.corpus.shards import Document
@@ -245,7 +245,15 @@ def _contents(item: Conversation | PlainText, media: Sequence[str]) -> int:
     """The hash of a text, or of messages and the digests of their media."""
     if isinstance(item, PlainText):
         return hash_of(item.text)
-    return hash_of(json.dumps(without_paths(item.messages), sort_keys=True), *media)
+    messages = [message | {"content": _placeless(message["content"])} for message in item.messages]
+    return hash_of(json.dumps([messages, item.tools], sort_keys=True), *media)
+
+
+def _placeless(content: Any) -> Any:
+    """A message's content without the places of its media, which may move."""
+    if not isinstance(content, list):
+        return content
+    return [{key: value for key, value in part.items() if key != "path"} for part in content]
 
 
 def runs(flags: list[bool]) -> list[list[int]]:

@@ -6,7 +6,6 @@ So it is the same for every mesh, tokenizer, order of files and resume, and copi
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,10 +41,3 @@ def hash_of(*texts: str) -> int:
 def is_held_out(hashes: Hashes, share: float) -> NDArray[np.bool_]:
     """Whether each document is among the `share` that is kept from training; a larger share keeps these and more."""
     return hashes < np.uint64(min(int(share * 2**64), 2**64 - 1))
-
-
-def without_paths(value: Any) -> Any:
-    """Messages without the places of their media, which may move."""
-    if isinstance(value, dict):
-        return {key: without_paths(item) for key, item in value.items() if key != "path"}
-    return [without_paths(item) for item in value] if isinstance(value, list | tuple) else value
