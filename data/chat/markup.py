@@ -12,13 +12,13 @@ from typing import NamedTuple
 from data.chat.encode import Encoded
 from data.chat.previews import Part
 from data.chat.read import Conversation, PlainText
+from data.chat.show import SOFT_TOKENS
 from data.chat.visible import visible
 from data.tokenizer import MEDIA_TOKENS, SPECIAL_TOKENS
 
 MAX_TOKENS = 4000
 """Shown of a document; the others are counted."""
 CONTROL = frozenset((*SPECIAL_TOKENS, *MEDIA_TOKENS))
-SOFT_TOKENS = ("<|image|>", "<|audio|>", "<|video|>")
 _HEADER = re.compile(r"(?:<bos>)?<\|turn>(system|developer|user|model)\n")
 _HEADER_TOKENS = 32
 """No role has so many."""

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from data.batch import IGNORE, Row
-from data.chat.markup import CONTROL, SOFT_TOKENS, block, token
+from data.chat.markup import CONTROL, block, token
 from data.chat.page import Files
 from data.chat.read import ANY_SHAPE, PlainText, read_conversations
+from data.chat.show import SOFT_TOKENS
 from data.chat.visible import visible
 from data.containers.records import RECORDS
 from data.corpus.open import Data, Settings, Source, open_data

@@ -22,7 +22,7 @@ GREEN, RESET = "\033[32m", "\033[0m"
 LEFT, RIGHT = "⟦", "⟧"
 """Around supervised text where colour is not wanted."""
 BORDER = "·"
-_SOFT_TOKENS = ("<|image|>", "<|audio|>", "<|video|>")
+SOFT_TOKENS = ("<|image|>", "<|audio|>", "<|video|>")
 _VOCAB_SIZE = 512
 _WEATHER = {
     "name": "get_weather",
@@ -75,7 +75,7 @@ def mark(pieces: Sequence[str], supervised: Sequence[bool], colour: bool = True,
 def _collapsed(pieces: Sequence[str], supervised: Sequence[bool]) -> Iterator[tuple[str, bool]]:
     for (piece, learned), run in groupby(zip(pieces, supervised, strict=True)):
         count = len(list(run))
-        if piece in _SOFT_TOKENS and count > 1:
+        if piece in SOFT_TOKENS and count > 1:
             yield f"{piece}x{count}", learned
         else:
             yield from [(piece, learned)] * count

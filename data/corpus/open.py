@@ -169,7 +169,6 @@ class Data:
 
 def open_data(sources: Sequence[Source], settings: Settings) -> Data:
     """Prepare the sources, unless the cache has them. Raises `UserError` for what cannot be used."""
-    whole_parts([source.weight for source in sources])  # wrong ones are told before anything is prepared
     formats: list[Format] = []
     corpora: list[Corpus] = []
     for source in [*sources, *settings.validation]:

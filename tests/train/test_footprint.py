@@ -62,7 +62,7 @@ CASES = {
     ],
     2: [Case("31b", torch.float32), Case("26b_a4b", torch.bfloat16)],
 }
-"""By ranks. With two, a layer's gradients may still be on their way, so there only many layers will do."""
+"""Cases for each number of ranks. With two, a layer's gradients may be on their way: only many layers will do."""
 
 
 def measured(case: Case, ranks: int) -> int:
