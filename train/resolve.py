@@ -214,6 +214,8 @@ def _check_mixture(data: DataConfig) -> None:
             raise ConfigError(f"data.sources[{index}].epochs={source.epochs} uses nothing; give a number above 0.")
     if not all(map(any, stages)) and data.sources:
         raise ConfigError("data.weight_schedule has weights of 0 alone; give one source a number above 0.")
+    if data.temperature is not None and not data.sources:
+        raise ConfigError("data.temperature weighs several sources; give data.sources, or leave it out.")
     if data.temperature is not None and data.temperature <= 0:
         raise ConfigError(f"data.temperature={data.temperature} must be above 0; usual: 1 to 5.")
 

@@ -101,6 +101,7 @@ BAD = [
     ),
     ("data.shape=query", "data.shape and data.columns are for conversations; set data.format=chat, or leave them out."),
     ("data.columns=output", "data.columns is a section, not a key; set its keys, as in data.columns.output=...."),
+    ("data.temperature=2", "data.temperature weighs several sources; give data.sources, or leave it out."),
     ("data.sources=a", "data.sources: "),
     ("nonsense", "is not KEY=VALUE"),
     ("~train.steps", "a run takes plain KEY=VALUE, and -m sweeps."),
