@@ -16,7 +16,7 @@ from data.corpus.open import Data
 from model import Gemma4
 from model.attention_kernels import kernel_for
 from model.moe import has_grouped_kernel
-from model.precision import accumulation_dtype
+from model.precision import accumulation_dtype, multiplies_narrow
 from model.triton_choice import triton_takes
 from parallel.world import World
 from train.footprint import GB, capacity, footprint_of
@@ -100,6 +100,8 @@ def kernels(run: Resolved, device: torch.device, dtype: torch.dtype, products: s
         around = ", whole sequence gathered once" if model.num_kv_shared_layers else ", full layers around a ring"
     if model.enable_moe_block:
         experts = "torch grouped_mm" if has_grouped_kernel(device.type, dtype) else "one after the other"
+    if dtype is torch.bfloat16 and not multiplies_narrow(device.type):
+        products += ", slow in bfloat16 on this processor: run.dtype=float32 takes a fraction of the time"
     split = f", vocabulary over {layout.tp} ranks" if layout.tp > 1 else ""
     parts = (
         f"attention {local} ({sliding} sliding layers of window {model.sliding_window}), {full} "

@@ -51,10 +51,13 @@ def all_ranks() -> dist.ProcessGroup:
 
 
 def _fork(rank: int, world_size: int, function: Callable[[World], Any], folder: Path, timeout: float) -> int:
+    gc.disable()  # garbage of the tests before may hold threads, for which its end would wait in the child in vain
     child = os.fork()
     if child:
+        gc.enable()
         return child
-    gc.freeze()  # garbage of the tests before may hold threads, for which its end would wait here in vain
+    gc.freeze()
+    gc.enable()
     status: tuple[bool, Any]
     try:
         stack = (folder / f"stack_{rank}").open("w")  # where it was when it crashed, or when its time was nearly over
