@@ -58,10 +58,13 @@ CASES = {
     1: [
         Case("31b", torch.float32, "none"),
         Case("12b", torch.bfloat16, "none", hidden=128, length=512),
-        Case("12b", torch.bfloat16, "full", 32_768, hidden=128, length=256),
+        Case("12b", torch.bfloat16, "full", 32_768, hidden=64, length=256),
         Case("e4b", torch.float32),
     ],
-    2: [Case("31b", torch.float32), Case("26b_a4b", torch.bfloat16, hidden=128, length=256)],
+    2: [
+        Case("31b", torch.float32, hidden=256, length=512),
+        Case("26b_a4b", torch.bfloat16, hidden=64, length=256, vocabulary=4096),
+    ],
 }
 """Cases for each number of ranks. With two, a layer's gradients may be on their way: only many layers will do.
 

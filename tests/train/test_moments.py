@@ -160,13 +160,13 @@ def test_a_run_goes_on_on_other_ranks_and_in_no_other_dtype(tmp_path: Path) -> N
 
 
 def test_the_loss_falls_as_by_whole_numbers(tmp_path: Path) -> None:
-    ends = (10, 20, 40)
+    ends = (10, 20)
     for name, dtypes in (("adamw", DTYPES), ("muon", DTYPES[1:])):
         found = {}
         for dtype in ("float32", *dtypes):
             words = (f"optimizer.name={name}", f"optimizer.state_dtype={dtype}", "optimizer.lr=1e-2")
             run = f"{name}_{dtype}"
-            train_on(1, overrides(tmp_path, "train.steps=40", "optimizer.beta2=0.999", *words, run=run))
+            train_on(1, overrides(tmp_path, "train.steps=20", "optimizer.beta2=0.999", *words, run=run))
             found[dtype] = [sum(losses(tmp_path / run)[end - 5 : end]) / 5 for end in ends]
             steps = {f"to step {end}": f"{loss:.3f}" for end, loss in zip(ends, found[dtype], strict=True)}
             report("Mean loss of five steps, by what keeps the moments", {"optimizer": name, "state": dtype, **steps})
