@@ -50,5 +50,5 @@ def add_product_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def multiplies_narrow(device_type: str) -> bool:
-    """Whether products in bfloat16 are fast: on a CPU without AVX-512 they take up to 70 times as long as in float32."""
+    """Whether products in bfloat16 are fast: on a CPU without AVX-512 they take up to 70 times those of float32."""
     return device_type != "cpu" or _CPU_MULTIPLIES_NARROW
