@@ -37,6 +37,7 @@ COMMANDS = {
     "benchmark": Command("launch.benchmarks.compare", "Measure a kernel or a step beside the plain one.", "attention"),
     "prepare": Command("launch.prepare", "Tokenise texts once and keep the result.", "source=texts"),
     "show": Command("launch.show", "Show conversations with what is learned in colour.", "file=chats.jsonl"),
+    "questions": Command("launch.questions", "Write conversations to try fine-tuning with.", "out=questions.jsonl"),
 }
 
 
