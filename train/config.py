@@ -135,7 +135,12 @@ class DataConfig:
     packing: str = one_of("split", *PACKINGS)
     """text: split (end to end, cut at each sequence's end) | best_fit (cut only if longer than a sequence, padded)"""
     on_long: str = one_of("cut", *ON_LONG)
-    """chat: cut (to the whole turns that fit a sequence) | drop | refuse"""
+    """chat: cut (to the whole turns that fit a sequence, and its media) | drop | refuse"""
+    max_media_tokens: int | None = at_least(None, 1)
+    """chat: most soft tokens of pictures, video and sound in a sequence; unset: as many as it holds."""
+    cache_media: bool = False
+    """Keep what encoders take of media in data.cache, so that a file is decoded once: 2 MB a picture, 51 KB a second of
+    sound."""
     workers: int = at_least(0, 0)
     on_bad: str = one_of("refuse", *ON_BAD)
     """refuse | skip: what becomes of lines and media that cannot be read; skipped ones are counted and named."""

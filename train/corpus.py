@@ -8,7 +8,8 @@ from pathlib import Path
 
 from data.corpus.mixture import Stage
 from data.corpus.open import Data, Settings, Source, open_data
-from data.corpus.prepare import Policy
+from data.corpus.prepare import Policy, default_cache
+from data.media.features import FeatureCache
 from model import ConfigError, UserError
 from parallel.agree import from_all
 from parallel.torch_private import default_store
@@ -33,6 +34,8 @@ def prepare_data(run: Resolved, world: World, stop: StopRequest) -> Data:
             raise UserError(f"told to stop by {stop.signal_name} before the data was prepared; nothing was trained.")
 
     first = world.local_rank == 0
+    cache = Path(data.cache) if data.cache else None
+    features = FeatureCache((cache or default_cache()) / "features") if data.cache_media else None
     settings = Settings(
         run.model,
         data.sequence_length,
@@ -43,11 +46,13 @@ def prepare_data(run: Resolved, world: World, stop: StopRequest) -> Data:
         line_shape(data),
         data.packing,
         data.on_long,
-        Path(data.cache) if data.cache else None,
+        cache,
         Policy(data.on_bad, data.strict, check_stop, verify=first),
         data.held_out,
         validation,
         data.temperature,
+        features,
+        data.max_media_tokens,
         [Stage(stage.step * run.config.train.global_batch_size, stage.weights) for stage in data.weight_schedule],
     )
     store = default_store()
@@ -55,6 +60,9 @@ def prepare_data(run: Resolved, world: World, stop: StopRequest) -> Data:
     if first:
         log.info("preparing %s", ", ".join(source.path for source in [*sources, *validation]))
         opened = open_data(sources, settings)
+        if features is not None:
+            count, size = features.size()
+            log.info("features of %s media files are kept in %s (%.2f GB)", f"{count:,}", features.folder, size / 1e9)
         store.set(prepared, "yes")
     while not store.check([prepared]):  # a barrier would give up on a large corpus, and not hear a signal
         check_stop()

@@ -181,6 +181,7 @@ def _check_data(config: Config, model: Gemma4Config, tokenizer: Path | None) -> 
     if data.sources:
         whole_parts([source.weight for source in data.sources])
     _check_shapes(data)
+    _check_formats(data, model)
     if data.sequence_length > model.max_position_embeddings:
         raise ConfigError(
             f"data.sequence_length={data.sequence_length} exceeds the model's max_position_embeddings; "
@@ -241,6 +242,35 @@ def _check_shapes(data: DataConfig) -> None:
             raise ConfigError(
                 f"{name} has a shape or columns, which are for conversations; set its format: chat, or leave them out."
             )
+
+
+def _check_formats(data: DataConfig, model: Gemma4Config) -> None:
+    """Raises `ConfigError` for a key that no source has a use for."""
+    given = [*data.sources, *data.validation] if data.sources else [SourceConfig(), *data.validation]
+    formats = {source.format or data.format for source in given}
+    default = DataConfig()
+    if data.packing != default.packing and "text" not in formats:
+        raise ConfigError(
+            f"data.packing={data.packing} is for texts, and conversations are packed whole; leave it out, or add a "
+            "source of format text."
+        )
+    if data.on_long != default.on_long and "chat" not in formats:
+        raise ConfigError(
+            f"data.on_long={data.on_long} is for conversations, and data.packing cuts texts; leave it out, or set "
+            "data.format=chat."
+        )
+    most, cached = data.max_media_tokens, data.cache_media
+    if (most or cached) and ("chat" not in formats or (model.vision is None and model.audio is None)):
+        said = "data.cache_media=true" if cached else f"data.max_media_tokens={most}"
+        raise ConfigError(
+            f"{said} is for conversations with media; leave it out, or set data.format=chat and model.vision or "
+            "model.audio."
+        )
+    if most is not None and most >= data.sequence_length:
+        raise ConfigError(
+            f"data.max_media_tokens={most} limits nothing, as a sequence has data.sequence_length="
+            f"{data.sequence_length} tokens; largest that does: {data.sequence_length - 1}."
+        )
 
 
 def _check_pipeline(config: Config, model: Gemma4Config, layout: Layout, micro: int) -> None:

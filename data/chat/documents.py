@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,9 +48,9 @@ ON_LONG = ("cut", "drop", "refuse")
 class ChatFormat:
     """Conversations as this model reads them; `thinking` turns thinking on in every line; `shape` is that of lines.
 
-    on_long says what becomes of a conversation of more than `sequence_length` tokens: it is cut to whole turns,
-    dropped, or refused. One with nothing supervised, or only beyond that, is left out. Media files are read to learn
-    their sizes, and kept by name and digest.
+    on_long says what becomes of a conversation of more than `sequence_length` tokens, or of more than
+    `max_media_tokens` soft tokens of media: it is cut to whole turns, dropped, or refused. One with nothing supervised,
+    or only beyond that, is left out. Media files are read to learn their sizes, and kept by name and digest.
     """
 
     tokenizer: Path | None
@@ -57,6 +59,7 @@ class ChatFormat:
     thinking: bool = False
     shape: LineShape = ANY_SHAPE
     on_long: str = "cut"
+    max_media_tokens: int | None = None
     packing = Whole
     noun = "conversations"
     fix = "give conversations with an assistant, or raise data.sequence_length"
@@ -79,7 +82,8 @@ class ChatFormat:
         """All that the tokens depend on besides the contents of files, as a text for the cache's key."""
         sees = self.config.vision is not None
         settings = f"{NEWEST}/{template_size(self.config)}/{self.flags}/{self.sequence_length}/{sees}"
-        return f"{settings}/{self.processor}/{self.shape}/{self.on_long}"
+        most = "" if self.max_media_tokens is None else f"/{self.max_media_tokens} of media"
+        return f"{settings}/{self.processor}/{self.shape}/{self.on_long}{most}"
 
     def make_tokenizer(self, reading: Reading) -> Tokenizer:
         """The model's own tokenizer. Raises `ConfigError` without one, since none is trained for conversations."""
@@ -220,16 +224,22 @@ def _fitting(
         if not any(encoded.supervised):
             counts.unsupervised += 1
             continue
-        if len(encoded.ids) > length and format.on_long == "refuse":
-            reading.bad(f"{chat.item.where} has {len(encoded.ids):,} tokens, more than data.sequence_length={length}")
+        soft_tokens = [item.num_tokens for item, _ in media]
+        most = sum(soft_tokens) if format.max_media_tokens is None else format.max_media_tokens
+        room = min(length, _media_end(encoded, soft_tokens, most))
+        if len(encoded.ids) > room and format.on_long == "refuse":
+            more = f"{len(encoded.ids):,} tokens, more than data.sequence_length={length}"
+            if sum(soft_tokens) > most:
+                more = f"{sum(soft_tokens):,} soft tokens of media, more than data.max_media_tokens={most}"
+            reading.bad(f"{chat.item.where} has {more}")
             continue
-        if len(encoded.ids) > length and format.on_long == "drop":
-            counts.too_long += 1
-            continue
-        try:
-            fitting = truncate(encoded, length)
-        except ConversationError:
-            counts.too_long += 1
+        fitting = None
+        if len(encoded.ids) <= room or format.on_long == "cut":
+            with suppress(ConversationError):
+                fitting = truncate(encoded, room)
+        if fitting is None:
+            counts.too_many_media += room < min(length, len(encoded.ids))
+            counts.too_long += room == min(length, len(encoded.ids))
             continue
         counts.kept += 1
         counts.cut += len(fitting.ids) < len(encoded.ids)
@@ -239,6 +249,12 @@ def _fitting(
         ]
         contents = _contents(chat.item, [sha256 for _, sha256 in media])
         yield Document(fitting.ids, runs(fitting.supervised), files[: len(fitting.media)], content_hash=contents)
+
+
+def _media_end(encoded: Encoded, soft_tokens: Sequence[int], most: int) -> int:
+    """Tokens before the first part of media with which there are more than `most` soft tokens; else all."""
+    totals = zip(encoded.media, accumulate(soft_tokens), strict=True)
+    return next((start for (start, _), total in totals if total > most), len(encoded.ids))
 
 
 def _contents(item: Conversation | PlainText, media: Sequence[str]) -> int:

@@ -20,6 +20,8 @@ class Counts:
     """Conversations that were kept, but lost turns at the end."""
     too_long: int = 0
     """Left out: nothing supervised in the turns that fit."""
+    too_many_media: int = 0
+    """Left out: their media alone are more than a sequence may have."""
     unsupervised: int = 0
     """Left out: nothing supervised at all."""
     bad: int = 0
@@ -71,6 +73,7 @@ class Counts:
     def __str__(self) -> str:
         out = (
             (self.too_long, "too long"),
+            (self.too_many_media, "with too many media"),
             (self.unsupervised, "with nothing supervised"),
             (self.bad, "that cannot be read"),
         )

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from data.batch import IGNORE, Row
-from data.corpus.packing import Ints, Piece
+from data.corpus.packing import Ints, MediaBudget, Packing, Piece, Whole
 from data.corpus.prepare import Corpus
+from data.media.features import FeatureCache
 from data.media.files import load_media, media_processor
 from data.media.process import MediaProcessor
 from model import Gemma4Config
@@ -25,7 +26,8 @@ from model import Gemma4Config
 class PackedDataset(Dataset[Row]):
     """`dataset[i]` is sequence i of the run, its media loaded and processed; defined for every i >= 0.
 
-    chosen: whether each document of the corpus takes part; without it all do. Padding at the end of a sequence is a
+    chosen: whether each document of the corpus takes part; without it all do; features: where processed media are
+    kept. Padding at the end of a sequence is a
     document of its own. Raises `MediaError` from `dataset[i]` for a media file that is gone or has changed.
     """
 
@@ -36,12 +38,21 @@ class PackedDataset(Dataset[Row]):
         seed: int,
         config: Gemma4Config,
         chosen: NDArray[np.bool_] | None = None,
+        features: FeatureCache | None = None,
     ) -> None:
+        self.features = features
         self.corpus, self.shard = corpus, corpus.shard
         self.sequence_length, self.seed, self.config = sequence_length, seed, config
         self.documents = np.arange(self.shard.num_documents) if chosen is None else np.flatnonzero(chosen)
-        self.packing = corpus.packing(self.shard.lengths[self.documents], sequence_length, seed)
+        self.packing = self._packing()
         self._epochs: dict[int, tuple[Callable[[int], list[Piece]], Ints]] = {}
+
+    def _packing(self) -> Packing:
+        lengths, most = self.shard.lengths[self.documents], self.corpus.max_media_tokens
+        if most is None:
+            return self.corpus.packing(lengths, self.sequence_length, self.seed)
+        budget = MediaBudget(self.shard.soft_tokens[self.documents], most)
+        return Whole(lengths, self.sequence_length, self.seed, budget)
 
     @property
     def sequences_per_epoch(self) -> int:
@@ -89,7 +100,7 @@ class PackedDataset(Dataset[Row]):
             files += document.media
             filled = end
         positions[filled:] = np.arange(length - filled)
-        images, clips = load_media(files, self.processor, self.shard.folder) if files else ((), ())
+        images, clips = load_media(files, self.processor, self.shard.folder, self.features) if files else ((), ())
         as_tensor = torch.from_numpy
         return Row(as_tensor(tokens), as_tensor(labels), as_tensor(positions), as_tensor(documents), images, clips)
 
@@ -97,4 +108,6 @@ class PackedDataset(Dataset[Row]):
         shard, counts, padding = self.shard, self.shard.counts, self.packing.padding
         text = f"{self.size}, {shard.vocab_size} pieces"
         left_out = f" | {counts}" if str(counts) else ""
-        return text + left_out + (f" | packing leaves {padding:.1%} empty" if padding else "")
+        most = self.corpus.max_media_tokens
+        limit = "" if most is None else f" with at most {most:,} soft tokens of media in a sequence"
+        return text + left_out + (f" | packing{limit} leaves {padding:.1%} empty" if padding or limit else "")

@@ -24,6 +24,7 @@ from data.corpus.mixture import Mixture, Stage, Turns, shares_by_size, whole_par
 from data.corpus.packing import PACKINGS, BestFit
 from data.corpus.prepare import Corpus, Format, Policy, prepare
 from data.corpus.text import TextFormat
+from data.media.features import FeatureCache
 from model import ConfigError, Gemma4Config
 
 
@@ -79,6 +80,10 @@ class Settings:
     """Sources that are not trained on at all."""
     temperature: float | None = None
     """Weights are times the sizes of sources to the power one over it."""
+    features: FeatureCache | None = None
+    """Where processed media are kept, if they are."""
+    max_media_tokens: int | None = None
+    """Most soft tokens of media in a sequence of conversations."""
     stages: Sequence[Stage] = ()
     """From which sequence of the run on sources have other weights."""
 
@@ -92,6 +97,7 @@ FORMATS: dict[str, Callable[[Settings], Format]] = {
         settings.thinking,
         settings.shape,
         settings.on_long,
+        settings.max_media_tokens,
     ),
 }
 
@@ -190,6 +196,7 @@ def open_data(sources: Sequence[Source], settings: Settings) -> Data:
             validation[_unused(source.name, validation)] = _packed(corpus, settings, held_out & ~known)
         key = corpus.shard.digest if trained.all() else f"{corpus.shard.digest} without {_digest(~trained)}"
         key += " by best fit" if corpus.packing is BestFit else ""
+        key += "" if corpus.max_media_tokens is None else f" with {corpus.max_media_tokens} of media"
         keys.append(_unused(key, keys))
     for source, corpus in zip(settings.validation, others, strict=True):
         validation[_unused(source.name, validation)] = _packed(corpus, settings, None)
@@ -208,7 +215,7 @@ def _stages(sources: Sequence[Source], datasets: Sequence[PackedDataset], settin
 
 def _packed(corpus: Corpus, settings: Settings, chosen: NDArray[np.bool_] | None, seed: int = 0) -> PackedDataset:
     """Sequences of the chosen documents; those that measure the loss are the same whatever the run's seed."""
-    return PackedDataset(corpus, settings.sequence_length, seed, settings.model, chosen)
+    return PackedDataset(corpus, settings.sequence_length, seed, settings.model, chosen, settings.features)
 
 
 def _digest(flags: NDArray[np.bool_]) -> str:

@@ -1,7 +1,7 @@
 """Which pieces of which documents make up each sequence: `Split` or `BestFit` for texts, `Whole` for conversations.
 
-A packing knows the lengths of documents and nothing else of them. All epochs have as many sequences; which document
-stands where is drawn anew for each.
+A packing knows the lengths of documents, how many of their tokens stand for media, and nothing else of them. All epochs
+have as many sequences; which document stands where is drawn anew for each.
 """
 
 from __future__ import annotations
@@ -31,6 +31,13 @@ class Piece(NamedTuple):
     document: int
     start: int
     stop: int
+
+
+class MediaBudget(NamedTuple):
+    """Soft tokens of the media of each document, and the most that a sequence may have."""
+
+    tokens: Ints
+    most: int
 
 
 class Split:
@@ -66,28 +73,47 @@ class Split:
 class Whole:
     """Documents that are never cut, several to a sequence, which ends in padding.
 
-    Raises `ShardError` if a document is longer than a sequence.
+    With a budget, a sequence has no more media than it allows. Raises `ShardError` if a document alone is more than a
+    sequence holds.
     """
 
     name = "whole"
 
-    def __init__(self, lengths: Ints, sequence_length: int, seed: int) -> None:
+    def __init__(self, lengths: Ints, sequence_length: int, seed: int, budget: MediaBudget | None = None) -> None:
         if lengths.max() > sequence_length:
             raise ShardError(
                 f"the corpus holds a conversation of {lengths.max()} tokens, more than "
                 f"data.sequence_length={sequence_length}; prepare it for that length."
             )
-        self._pack(np.arange(len(lengths)), np.zeros_like(lengths), lengths, sequence_length, seed)
+        if budget is not None and budget.tokens.max() > budget.most:
+            raise ShardError(
+                f"the corpus holds a conversation with {budget.tokens.max()} soft tokens of media, more than "
+                f"data.max_media_tokens={budget.most}; prepare it for that number."
+            )
+        self._pack(np.arange(len(lengths)), np.zeros_like(lengths), lengths, sequence_length, seed, budget)
 
-    def _pack(self, documents: Ints, starts: Ints, lengths: Ints, sequence_length: int, seed: int) -> None:
+    def _pack(
+        self,
+        documents: Ints,
+        starts: Ints,
+        lengths: Ints,
+        sequence_length: int,
+        seed: int,
+        budget: MediaBudget | None = None,
+    ) -> None:
         """Find which sizes of parts of documents share a sequence.
 
-        They are the same in each epoch; which part of a size takes which place is not.
+        They are the same in each epoch; which part of a size takes which place is not. A size is of tokens and of
+        media.
         """
         self.documents, self.starts, self.lengths = documents, starts, lengths
-        self.sizes = np.minimum(_rounded_up(lengths), sequence_length)
+        tokens = np.minimum(_rounded_up(lengths), sequence_length)
+        self.sizes = tokens
+        if budget is not None:
+            budget = MediaBudget(np.minimum(_rounded_up(budget.tokens), budget.most), budget.most)
+            self.sizes = tokens * (budget.most + 1) + budget.tokens
         self.by_size = np.argsort(self.sizes, kind="stable")
-        bins = best_fit(self.sizes, sequence_length, np.random.default_rng(seed).permutation(len(lengths)))
+        bins = best_fit(tokens, sequence_length, np.random.default_rng(seed).permutation(len(lengths)), budget)
         self.places = np.concatenate(bins)
         self.ends = np.cumsum([0, *map(len, bins)])
         self.sequences_per_epoch = len(bins)
@@ -130,29 +156,49 @@ PACKINGS: dict[str, type[Packing]] = {"split": Split, "best_fit": BestFit}
 """How texts may fill sequences."""
 
 
-def best_fit(sizes: Ints, capacity: int, order: Ints) -> list[list[int]]:
+def best_fit(sizes: Ints, capacity: int, order: Ints, budget: MediaBudget | None = None) -> list[list[int]]:
     """Bins of indices into `sizes`, none above `capacity`: each size in turn goes to the bin with the least room.
 
-    Bins are found by their room, of which there are at most `capacity` kinds, so all stay open at little cost.
+    With a budget, to the one with the least room in which its media have room too, and of several such to the one with
+    least room for media. Bins are found by their rooms, of which there are few kinds, so all stay open at little cost.
     """
+    most, needs = (0, np.zeros_like(sizes)) if budget is None else (budget.most, budget.tokens)
     bins: list[list[int]] = []
     rooms: list[int] = []  # ascending, each once
-    bins_with: dict[int, list[int]] = {}
-    for index, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
-        i = bisect_left(rooms, size)
-        if i == len(rooms):
-            found, room = len(bins), capacity
-            bins.append([])
+    media_rooms: dict[int, list[int]] = {}  # of the bins with a room, ascending, each once
+    bins_with: dict[tuple[int, int], list[int]] = {}
+    largest = np.full(capacity + 1, -1)  # room for media in any bin with a room
+    for index, size, need in zip(order.tolist(), sizes[order].tolist(), needs[order].tolist(), strict=True):
+        if need:
+            room = size + int((largest[size:] >= need).argmax())
+            found = int(largest[room]) >= need
         else:
-            room = rooms[i]
-            found = bins_with[room].pop()
-            if not bins_with[room]:
-                del rooms[i]
-        bins[found].append(index)
-        others = bins_with.setdefault(room - size, [])
+            i = bisect_left(rooms, size)
+            found = i < len(rooms)
+            room = rooms[i] if found else 0
+        if found:
+            left = media_rooms[room][bisect_left(media_rooms[room], need)]
+            place = bins_with[room, left].pop()
+            if not bins_with[room, left]:
+                media_rooms[room].remove(left)
+                if not media_rooms[room]:
+                    del rooms[bisect_left(rooms, room)]
+                if most:
+                    largest[room] = media_rooms[room][-1] if media_rooms[room] else -1
+        else:
+            place, room, left = len(bins), capacity, most
+            bins.append([])
+        bins[place].append(index)
+        room, left = room - size, left - need
+        others = bins_with.setdefault((room, left), [])
         if not others:
-            insort(rooms, room - size)
-        others.append(found)
+            lefts = media_rooms.setdefault(room, [])
+            if not lefts:
+                insort(rooms, room)
+            insort(lefts, left)
+            if most:
+                largest[room] = lefts[-1]
+        others.append(place)
     return bins
 
 

@@ -57,13 +57,17 @@ class Policy:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents of one source, their tokenizer, how they are packed into sequences, and what they are called."""
+    """The documents of one source, their tokenizer, how they are packed into sequences, and what they are called.
+
+    max_media_tokens: most soft tokens of media in a sequence.
+    """
 
     folder: Path
     shard: Shard
     tokenizer: Tokenizer
     packing: type[Packing]
     noun: str = "documents"
+    max_media_tokens: int | None = None
 
 
 def default_cache() -> Path:
@@ -95,7 +99,7 @@ def prepare(source: str, format: Format, cache: Path | None = None, policy: Poli
     _check_counts(source, shard.counts, policy)
     tokenizer = load_tokenizer(folder)
     format.check(tokenizer)
-    return Corpus(folder, shard, tokenizer, format.packing, format.noun)
+    return Corpus(folder, shard, tokenizer, format.packing, format.noun, format.max_media_tokens)
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> None:

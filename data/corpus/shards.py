@@ -24,7 +24,7 @@ from model.errors import UserError
 Ids: TypeAlias = Sequence[int] | NDArray[np.int64]
 
 META, TOKENS, _OFFSETS, _HASHES = "meta.json", "tokens.bin", "offsets.npy", "hashes.npy"
-_DETAILS, _ENDS = "details.jsonl", "details.npy"
+_DETAILS, _ENDS, _SOFT_TOKENS = "details.jsonl", "details.npy", "soft_tokens.npy"
 
 
 class ShardError(UserError):
@@ -64,6 +64,7 @@ def write_shard(folder: Path, documents: Iterable[Document], vocab_size: int, co
     """
     dtype, offsets, ends, length = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32), [0], [0], 0
     hashes: list[int] = []
+    soft_tokens: list[int] = []
     with (folder / TOKENS).open("wb") as tokens, (folder / _DETAILS).open("wb") as details:
         for document in documents:
             tokens.write(np.asarray(document.ids, dtype=dtype).tobytes())
@@ -72,16 +73,19 @@ def write_shard(folder: Path, documents: Iterable[Document], vocab_size: int, co
                 continue
             offsets.append(length)
             hashes.append(document.content_hash)
+            soft_tokens.append(sum(file.num_tokens for file in document.media))
             line = {"supervised": document.supervised, "media": [asdict(file) for file in document.media]}
             ends.append(ends[-1] + (0 if document.is_text else details.write(json.dumps(line).encode() + b"\n")))
     np.save(folder / _OFFSETS, np.asarray(offsets, dtype=np.int64))
     np.save(folder / _HASHES, np.asarray(hashes, dtype=np.uint64))
+    if any(soft_tokens):
+        np.save(folder / _SOFT_TOKENS, np.asarray(soft_tokens, dtype=np.int64))
     if ends[-1]:
         np.save(folder / _ENDS, np.asarray(ends, dtype=np.int64))
     else:
         (folder / _DETAILS).unlink()
     meta = {"dtype": dtype.name, "documents": len(offsets) - 1, "tokens": offsets[-1], "vocab_size": vocab_size}
-    meta |= {"details": ends[-1], "counts": asdict(counts)}
+    meta |= {"details": ends[-1], "soft_tokens": any(soft_tokens), "counts": asdict(counts)}
     meta["sha256"] = {file.name: _sha256(file) for file in sorted(folder.glob("[!.]*")) if file.is_file()}
     (folder / META).write_text(json.dumps(meta))
 
@@ -108,12 +112,16 @@ class Shard:
             self.vocab_size = int(meta["vocab_size"])
             self.counts = Counts.read(meta["counts"])
             self.digest = hashlib.sha256(json.dumps(meta["sha256"], sort_keys=True).encode()).hexdigest()[:20]
+            self.soft_tokens: NDArray[np.int64] = np.zeros(meta["documents"], np.int64)
+            """Tokens of each document that stand for media; a corpus from before they were kept has none."""
+            if meta.get("soft_tokens"):
+                self.soft_tokens = np.load(folder / _SOFT_TOKENS)
             self._ends, self._details = np.zeros_like(self.offsets), np.zeros(0, np.uint8)
             if meta["details"]:
                 self._ends = np.load(folder / _ENDS)
                 self._details = np.memmap(folder / _DETAILS, dtype=np.uint8, mode="r")
             same = len(self.tokens) == meta["tokens"] == self.offsets[-1] and len(self.offsets) == meta["documents"] + 1
-            same = same and len(self.hashes) == meta["documents"]
+            same = same and len(self.hashes) == len(self.soft_tokens) == meta["documents"]
             same_details = len(self._ends) == len(self.offsets) and len(self._details) == self._ends[-1]
         except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise self._damaged(f"cannot be read ({error})") from None

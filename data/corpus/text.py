@@ -28,6 +28,7 @@ class TextFormat:
     vocab_size: int = 8192
     packing: type[Packing] = Split
     noun = "documents"
+    max_media_tokens = None
     fix = "give files with at least one document"
 
     def files(self, source: str) -> SourceFiles:

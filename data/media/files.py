@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data.media.audio import MELS, SAMPLES_PER_TOKEN
+from data.media.features import FeatureCache
 from data.media.process import MediaItem, MediaProcessor
 from data.tokenizer import TokenizerError
 from model import ConfigError, Gemma4Config
@@ -105,21 +107,24 @@ def measure(kind: str, path: Path, processor: MediaProcessor, config: Gemma4Conf
 
 
 def load_media(
-    files: Sequence[MediaFile], processor: MediaProcessor, corpus: Path
+    files: Sequence[MediaFile], processor: MediaProcessor, corpus: Path, cache: FeatureCache | None = None
 ) -> tuple[tuple[tuple[Tensor, Tensor], ...], tuple[Tensor, ...]]:
     """Images, as (patches [T, C], positions [T, 2]), frames of videos among them, and clips, as frames [T, F].
 
-    Raises `MediaError` for a file that is gone, or that takes other tokens than when `corpus` was prepared.
+    With a cache they are decoded once, and the same then. Raises `MediaError` for a file that is gone, or that takes
+    other tokens than when `corpus` was prepared.
     """
     images: list[tuple[Tensor, Tensor]] = []
     clips: list[Tensor] = []
     for file in files:
-        if file.sha256 and Path(file.path).is_file() and digest(Path(file.path)) != file.sha256:
+        found = digest(Path(file.path)) if Path(file.path).is_file() and (file.sha256 or cache) else ""
+        if file.sha256 and found and found != file.sha256:
             raise MediaError(
                 f"{file.path} changed since it was prepared; put the old file back, or delete {corpus} to prepare "
                 "again."
             )
-        item = _read(file.kind, file.path, processor)
+        read = partial(_read, file.kind, file.path, processor)
+        item = cache.item(file.kind, found, processor, read) if cache and found else read()
         if (item.num_tokens, len(item.lengths)) != (file.num_tokens, file.num_pieces):
             raise MediaError(
                 f"{file.path} changed since it was prepared: {item.num_tokens} media tokens for {len(item.lengths)} "

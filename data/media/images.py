@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 from PIL import Image
-from torch import Tensor, from_numpy
+from torch import Tensor, from_numpy, uint8
 
 BUDGETS = (70, 140, 280, 560, 1120)
 """Soft tokens an image may take."""
@@ -30,6 +30,16 @@ def fit(width: int, height: int, budget: int, cell: int) -> tuple[int, int]:
     return columns, rows
 
 
+def to_bytes(values: Tensor) -> Tensor:
+    """The bytes of pixels that were made into these values in [0, 1]."""
+    return (values * 255).round().to(uint8)
+
+
+def from_bytes(pixels: Tensor) -> Tensor:
+    """float32 values in [0, 1] of uint8 pixels."""
+    return from_numpy(_UNIT[pixels.numpy()])
+
+
 def cut_patches(image: Image.Image, budget: int, cell: int, patch: int) -> tuple[Tensor, Tensor]:
     """Resize to whole cells of `cell` pixels, then cut patches of `patch` pixels, row by row.
 
@@ -41,5 +51,5 @@ def cut_patches(image: Image.Image, budget: int, cell: int, patch: int) -> tuple
     columns, rows = columns * cell // patch, rows * cell // patch
     pixels = np.asarray(resized).reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
     y, x = np.indices((rows, columns))
-    values = _UNIT[pixels.reshape(rows * columns, -1)]
-    return from_numpy(values), from_numpy(np.stack([x, y], axis=-1).reshape(-1, 2))
+    values = from_bytes(from_numpy(pixels.reshape(rows * columns, -1)))
+    return values, from_numpy(np.stack([x, y], axis=-1).reshape(-1, 2))

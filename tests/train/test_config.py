@@ -102,6 +102,9 @@ BAD = [
     ("data.shape=query", "data.shape and data.columns are for conversations; set data.format=chat, or leave them out."),
     ("data.columns=output", "data.columns is a section, not a key; set its keys, as in data.columns.output=...."),
     ("data.temperature=2", "data.temperature weighs several sources; give data.sources, or leave it out."),
+    ("data.on_long=drop", "data.on_long=drop is for conversations, and data.packing cuts texts; leave it out, or set"),
+    ("data.max_media_tokens=9", "data.max_media_tokens=9 is for conversations with media; leave it out, or set"),
+    ("data.cache_media=true", "data.cache_media=true is for conversations with media; leave it out, or set"),
     ("data.sources=a", "data.sources: "),
     ("nonsense", "is not KEY=VALUE"),
     ("~train.steps", "a run takes plain KEY=VALUE, and -m sweeps."),
@@ -116,3 +119,18 @@ def test_bad_overrides_are_refused_in_one_line_with_the_nearest_choice(override:
         resolve(load_config([override]), 1)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_keys_of_texts_and_of_conversations_need_a_source_of_theirs() -> None:
+    chats, both = ["data.format=chat"], ["data.sources=[{path: a}, {path: b, format: chat}]"]
+    seeing = [*chats, "model.vision=train"]
+    for given, key, message in (
+        (chats, "data.packing=best_fit", "data.packing=best_fit is for texts, and conversations are packed whole;"),
+        (chats, "data.cache_media=true", "data.cache_media=true is for conversations with media;"),
+        (seeing, "data.max_media_tokens=256", "limits nothing, as a sequence has data.sequence_length=256 tokens; l"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            resolve(load_config([*given, key]), 1)
+    resolve(load_config([*both, "data.packing=best_fit", "data.on_long=drop"]), 1)
+    resolve(load_config([*chats, "data.validation=[{path: a, format: text}]", "data.packing=best_fit"]), 1)
+    resolve(load_config([*seeing, "data.max_media_tokens=255", "data.cache_media=true"]), 1)

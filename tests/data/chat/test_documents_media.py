@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from PIL import Image
 
 from data.batch import IGNORE, collate
+from data.corpus.counts import Counts
 from data.corpus.dataset import PackedDataset
+from data.corpus.open import Settings, Source, open_data
 from data.media.files import media_processor
 from model import Gemma4, Gemma4Config, UserError
 from tests.harness.chat_files import (
@@ -18,11 +21,14 @@ from tests.harness.chat_files import (
     E4B,
     LENGTH,
     TEXT_ONLY,
+    TOKENIZER,
     chat,
     make,
     model,
+    prepared,
     text,
     user,
+    write,
     write_media,
 )
 from tests.harness.corpus_files import ids_of
@@ -155,3 +161,37 @@ def test_a_media_file_that_changed_or_is_gone_is_named(files: Path) -> None:
     (files / "cat.png").unlink()
     with pytest.raises(UserError, match=r"cat\.png is not a file"):
         pictures[0]
+
+
+def test_a_budget_of_media_bounds_each_row_and_each_conversation(files: Path) -> None:
+    cat, wide = ({"type": "image", "path": name} for name in ("cat.png", "wide.png"))
+    both = chat(user(cat), model(), user(wide), model("A bird."))
+    lines = [chat(user(cat), model()), chat(user(wide), model()), both, chat(user(cat, wide), model())]
+    free = make(files, lines, E4B)
+    cats, wides = (int(free.shard.soft_tokens[i]) for i in (0, 1))
+    assert free.shard.soft_tokens.tolist() == [cats, wides, cats + wides, cats + wides] and cats + wides > 70
+    assert PackedDataset(free, LENGTH, 0, E4B).sequences_per_epoch == 1
+
+    cut = prepared(files, E4B, max_media_tokens=70)
+    assert cut.shard.counts == Counts(kept=3, cut=1, too_many_media=1, shapes={"messages": 4})
+    assert cut.shard.soft_tokens.tolist() == [cats, wides, cats] and len(cut.shard.document(2).media) == 1
+    assert ids_of(cut.shard.document(2)) == ids_of(cut.shard.document(0))
+    dataset = PackedDataset(cut, LENGTH, 0, E4B)
+    assert [len(dataset[i].images) for i in range(3)] == [1, 1, 1] and dataset.sequences_per_epoch == 3
+    packed = f"packing with at most 70 soft tokens of media in a sequence leaves {dataset.packing.padding:.1%} empty"
+    assert str(dataset).endswith(f"1 cut; left out: 1 with too many media | {packed}")
+
+    dropped = prepared(files, E4B, max_media_tokens=70, on_long="drop")
+    assert dropped.shard.counts == Counts(kept=2, too_many_media=2, shapes={"messages": 4})
+    with pytest.raises(UserError, match=rf"chats.jsonl:3 has {cats + wides} soft tokens .*data.max_media_tokens=70"):
+        prepared(files, E4B, max_media_tokens=70, on_long="refuse")
+    assert len({free.folder, cut.folder, dropped.folder}) == 3
+
+
+def test_a_run_knows_another_budget_as_other_data(files: Path) -> None:
+    write(files, [chat(user({"type": "image", "path": name}), model()) for name in ("cat.png", "wide.png")])
+    TOKENIZER.save(str(files / "tokenizer.json"))
+    source = Source(str(files / "chats.jsonl"), 1, "chat")
+    free = Settings(E4B, LENGTH, 0, files / "tokenizer.json", cache=files / "cache")
+    first, second = (open_data([source], replace(free, max_media_tokens=most)) for most in (None, 80))
+    assert second.keys == [f"{first.keys[0]} with 80 of media"] and second.sequences_per_epoch == 2

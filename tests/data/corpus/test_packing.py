@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data.corpus.packing import BestFit, Split, best_fit
+from data.corpus.packing import BestFit, MediaBudget, Split, Whole, best_fit
 from data.corpus.shards import ShardError
 
 
@@ -44,3 +44,27 @@ def test_best_fit_of_texts_cuts_long_ones_only_and_uses_each_token_once() -> Non
     assert packed.padding == pytest.approx(1 - lengths.sum() / (64 * packed.sequences_per_epoch))
     with pytest.raises(ShardError, match="the corpus is empty"):
         BestFit(np.zeros(3, dtype=np.int64), 64, 0)
+
+
+def test_rows_keep_within_a_budget_of_media_and_are_full_of_one_or_the_other() -> None:
+    random = np.random.default_rng(2)
+    media = random.integers(0, 4, 2000) * random.integers(60, 71, 2000) * random.integers(0, 2, 2000)
+    lengths = np.minimum(media + random.integers(5, 120, 2000), 512)
+    free, tight = Whole(lengths, 512, 3), Whole(lengths, 512, 3, MediaBudget(media, 210))
+    together: list[set[frozenset[int]]] = []
+    for _ in range(2):
+        pieces_of = tight.epoch(random.permutation(2000))
+        rows = [[piece.document for piece in pieces_of(row)] for row in range(tight.sequences_per_epoch)]
+        assert sorted(document for row in rows for document in row) == [*range(2000)], "each once an epoch"
+        assert max(int(media[row].sum()) for row in rows) == 210
+        assert max(int(lengths[row].sum()) for row in rows) <= 512
+        together.append({*map(frozenset, rows)})
+    assert len(together[0] & together[1]) < len(rows) / 3, "most share a row with others in the next epoch"
+    assert media.sum() / (210 * len(rows)) > 0.9, "it is media that take the place"
+    assert tight.padding == pytest.approx(1 - lengths.sum() / (512 * len(rows))) and tight.padding > free.padding + 0.1
+    loose = Whole(lengths, 512, 3, MediaBudget(media, 511))
+    assert loose.sequences_per_epoch == free.sequences_per_epoch, "more than rows have by themselves costs nothing"
+    few = MediaBudget(np.array([3, 3, 3, 0]), 4)
+    assert best_fit(np.array([5, 5, 2, 2]), 10, np.arange(4), few) == [[0], [1, 3], [2]]
+    with pytest.raises(ShardError, match=r"with 210 soft tokens of media, more than data.max_media_tokens=200"):
+        Whole(lengths, 512, 3, MediaBudget(media, 200))
