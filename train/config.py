@@ -137,6 +137,8 @@ class DataConfig:
     on_long: str = one_of("cut", *ON_LONG)
     """chat: cut (to the whole turns that fit a sequence) | drop | refuse"""
     workers: int = at_least(0, 0)
+    prepare_workers: int = at_least(0, 0)
+    """Processes of a node that prepare a corpus that is not in the cache yet; 0 is one for each of its processors."""
     on_bad: str = one_of("refuse", *ON_BAD)
     """refuse | skip: what becomes of lines and media that cannot be read; skipped ones are counted and named."""
     strict: bool = False

@@ -44,7 +44,7 @@ def prepare_data(run: Resolved, world: World, stop: StopRequest) -> Data:
         data.packing,
         data.on_long,
         Path(data.cache) if data.cache else None,
-        Policy(data.on_bad, data.strict, check_stop, verify=first),
+        Policy(data.on_bad, data.strict, check_stop, first, data.prepare_workers),
         data.held_out,
         validation,
         data.temperature,
