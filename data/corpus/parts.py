@@ -10,7 +10,7 @@ from data.containers.opened import is_packed
 from data.containers.records import CUT_AT_LINES
 from data.corpus.reading import Span
 
-PART_BYTES = 1 << 24
+PART_BYTES = 1 << 23
 """About what a part holds: small files together, or a span of a large file of lines."""
 _MOST_FILES = 10_000
 _BLOCK = 1 << 20
