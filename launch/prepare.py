@@ -18,6 +18,7 @@ from pathlib import Path
 
 from data.corpus.prepare import Policy, prepare
 from data.corpus.reading import ON_BAD
+from data.corpus.report import report_lines
 from data.corpus.sources import PYTHON_STDLIB
 from data.corpus.text import TextFormat
 from launch.arguments import run
@@ -43,8 +44,7 @@ def prepare_texts(options: Options) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     policy = Policy(options.on_bad, options.strict, workers=options.workers)
     corpus = prepare(options.source, TextFormat(tokenizer, options.vocab_size), cache, policy)
-    left_out = f" | {corpus.shard.counts}" if str(corpus.shard.counts) else ""
-    print(f"{corpus.folder}: {corpus.shard.num_documents} documents, {corpus.shard.num_tokens} tokens{left_out}")
+    print(report_lines(corpus.shard))
 
 
 def main() -> None:

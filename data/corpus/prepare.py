@@ -29,6 +29,7 @@ from data.corpus.packing import Packing
 from data.corpus.parts import PART_BYTES, Part, cut
 from data.corpus.progress import Progress
 from data.corpus.reading import Reading, SourceError, go_on, unreadable
+from data.corpus.report import write_report
 from data.corpus.shards import Shard, Shards, checksums, part_name, write_index, write_shard
 from data.corpus.sources import SourceFiles
 from data.corpus.text import TextFormat
@@ -131,6 +132,7 @@ def _make(folder: Path, source: str, found: SourceFiles, format: Format, policy:
             f"data.source={source} leaves nothing to train on ({str(reading.counts) or 'it is empty'}); {format.fix}."
         )
     write_index(folder, written, tokenizer.get_vocab_size(), reading.counts)
+    write_report(Shards(folder), sum(path.stat().st_size for path in found.files))
     for note in folder.glob(f"*/{_NOTES}"):
         note.unlink()
 
