@@ -44,18 +44,24 @@ def begin_worker(owner: int) -> None:
     threading.Thread(target=_end_with, args=(owner,), daemon=True).start()
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item], check_stop: Callable[[], None]) -> Iterator[Result]:
-    """`work` of each item, in the order of the items, by as many processes as there are processors.
+def in_order(
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    check_stop: Callable[[], None],
+    workers: int | None = None,
+    abandon: Callable[[], None] = lambda: None,
+) -> Iterator[Result]:
+    """`work` of each item, in the order of the items, by `workers` processes, or as many as there are processors.
 
-    Few items are held at once, and one alone is worked on here. `check_stop` is called while results are awaited.
+    Few items are held at once, and one alone is worked on here. `check_stop` is called while results are awaited, and
+    `abandon` where they are wanted no more, to end work that goes on.
     Raises `UserError` if a process is killed, and whatever `work` raises.
     """
-    items = iter(items)
+    items, workers = iter(items), workers or processors()
     first = list(itertools.islice(items, 2))
-    if len(first) < 2 or processors() < 2:
+    if len(first) < 2 or workers < 2:
         yield from map(work, itertools.chain(first, items))
         return
-    workers = processors()
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context(), _begin, (work, os.getpid()))
     waiting: deque[Future[Result]] = deque()
     try:
@@ -66,9 +72,13 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], check_stop: 
         while waiting:
             yield _result(waiting.popleft(), check_stop)
     except BrokenProcessPool:
+        abandon()
         raise UserError(
             "a process that prepares data was killed, often for want of memory; give the job more, or fewer processors."
         ) from None
+    except BaseException:
+        abandon()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -5,7 +5,8 @@
 
 source is python_stdlib, a file, a folder or a glob, or hf:OWNER/NAME of the hub. Without a tokenizer, one of
 vocab_size=8192 pieces is trained. cache names another place than ~/.cache/gemwright for the result. on_bad=skip leaves
-out what cannot be read, and strict=true refuses keys and files that nothing reads.
+out what cannot be read, and strict=true refuses keys and files that nothing reads. workers is how many processes
+prepare, 0 for one on each processor; the result is the same. One that was killed goes on where it was.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from data.corpus.prepare import Policy, prepare
 from data.corpus.reading import ON_BAD
+from data.corpus.report import report_lines
 from data.corpus.sources import PYTHON_STDLIB
 from data.corpus.text import TextFormat
 from launch.arguments import run
@@ -32,6 +34,7 @@ class Options:
     cache: str | None = None
     on_bad: str = field(default="refuse", metadata={"choices": ON_BAD})
     strict: bool = False
+    workers: int = 0
 
 
 def prepare_texts(options: Options) -> None:
@@ -39,10 +42,9 @@ def prepare_texts(options: Options) -> None:
     tokenizer = Path(options.tokenizer) if options.tokenizer else None
     cache = Path(options.cache) if options.cache else None
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    policy = Policy(options.on_bad, options.strict)
+    policy = Policy(options.on_bad, options.strict, workers=options.workers)
     corpus = prepare(options.source, TextFormat(tokenizer, options.vocab_size), cache, policy)
-    left_out = f" | {corpus.shard.counts}" if str(corpus.shard.counts) else ""
-    print(f"{corpus.folder}: {corpus.shard.num_documents} documents, {len(corpus.shard.tokens)} tokens{left_out}")
+    print(report_lines(corpus.shard))
 
 
 def main() -> None:

@@ -142,6 +142,8 @@ class DataConfig:
     """Keep what encoders take of media in data.cache, so that a file is decoded once: 2 MB a picture, 51 KB a second of
     sound."""
     workers: int = at_least(0, 0)
+    prepare_workers: int = at_least(0, 0)
+    """Processes of a node that prepare a corpus that is not in the cache yet; 0 is one for each of its processors."""
     on_bad: str = one_of("refuse", *ON_BAD)
     """refuse | skip: what becomes of lines and media that cannot be read; skipped ones are counted and named."""
     strict: bool = False

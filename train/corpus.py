@@ -47,7 +47,7 @@ def prepare_data(run: Resolved, world: World, stop: StopRequest) -> Data:
         data.packing,
         data.on_long,
         cache,
-        Policy(data.on_bad, data.strict, check_stop, verify=first),
+        Policy(data.on_bad, data.strict, check_stop, first, data.prepare_workers),
         data.held_out,
         validation,
         data.temperature,

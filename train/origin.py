@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from data.corpus.prepare import made_once
+from data.corpus.making import made_once
 from model import UserError
 from train.manifest import checksum
 

@@ -99,12 +99,12 @@ class ChatFormat:
 
     def documents(self, tokenizer: Tokenizer, reading: Reading) -> Iterator[Document]:
         """Conversations as tokens, cut to whole turns where they are too long; `reading` learns what was left out."""
-        batches = ((root, found) for root, path in enumerate(reading.files) for found in records_of(path, reading))
-        work = _Work(self, tokenizer, reading.corpus)
-        for documents, part in in_order(work, batches, reading.check_stop):
+        files = enumerate(reading.files, start=reading.first)
+        batches = ((root, found) for root, path in files for found in records_of(path, reading))
+        work, workers = _Work(self, tokenizer, reading.corpus), reading.workers
+        for documents, part in in_order(work, batches, reading.check_stop, workers):
             reading.add(part)
             yield from documents
-        reading.finish()
 
 
 class _Work:

@@ -5,11 +5,9 @@ The page is one file that loads nothing and runs nothing: pictures, sounds and s
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from math import ceil, floor, log2
 from pathlib import Path
 from string import Template
 from typing import Any, TypeAlias
@@ -21,6 +19,7 @@ from data.chat.previews import Measure
 from data.chat.read import Conversation, PlainText
 from data.chat.show import shown_tokens
 from data.chat.visible import visible
+from data.corpus.report import Class, bars, histogram
 from data.media.read import sample_indices
 from model.errors import UserError
 
@@ -84,14 +83,6 @@ def shown_document(item: Conversation | PlainText, folder: Path, view: View, mea
     return Shown(item, *shown_tokens(item, view.tokenizer, view.size, view.flags, parts), parts)
 
 
-def histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Least and most tokens of each class of lengths, two to a doubling, and the number of documents in it."""
-    found = Counter(floor(2 * log2(length)) for length in lengths)
-    classes = range(min(found), max(found) + 1) if found else range(0)
-    edges = [(ceil(2 ** (k / 2)), ceil(2 ** ((k + 1) / 2)) - 1, found[k]) for k in classes]
-    return [(least, most, count) for least, most, count in edges if least <= most]
-
-
 def _read(path: Path, items: Callable[[], Iterable[Conversation | PlainText]], view: View, measure: Measure) -> _File:
     total = sum(1 for _ in items())
     chosen = set(sample_indices(total, view.samples or total))
@@ -132,24 +123,11 @@ def _section(number: int, file: _File) -> str:
     )
 
 
-def _bars(classes: Sequence[tuple[int, int, int]]) -> str:
-    """A histogram as SVG; each bar tells its numbers."""
+def _bars(classes: Sequence[Class]) -> str:
     if not classes:
         return ""
-    most, step, height = max(count for _, _, count in classes), 44, 64
-    bars = ""
-    for i, (least, last, count) in enumerate(classes):
-        tall = height * count / most
-        bars += (
-            f"<g><title>{least:,} to {last:,} tokens: {count:,} documents</title>"
-            f'<rect x="{i * step + 4}" y="{height - tall + 16:.1f}" width="{step - 8}" height="{tall:.1f}" rx="2"/>'
-            f'<text x="{i * step + step / 2:g}" y="{height - tall + 11:.1f}">{f"{count:,}" if count else ""}</text>'
-            f'<text class=edge x="{i * step + step / 2:g}" y="{height + 30}">{least:,}</text></g>'
-        )
-    width = len(classes) * step
     return (
-        f'<div class=histogram><svg viewBox="0 0 {width} {height + 36}" width="{width}" height="{height + 36}" '
-        f'role="img" aria-label="documents by length">{bars}</svg>'
+        f"<div class=histogram>{bars(classes)}"
         "<span class=note>documents by their length: each bar begins at the number of tokens below it</span></div>"
     )
 

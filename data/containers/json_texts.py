@@ -70,10 +70,21 @@ def parse_json(text: str) -> Any:
 
 
 def lines_of(path: Path, reading: Reading) -> Iterator[JsonTexts]:
-    """The lines of a file of JSON lines."""
+    """The lines of a file of JSON lines, or of the span of it that is read."""
     with opened(path, reading.advance) as file:
-        for first, lines in in_batches(intact(path, LINE, file, reading)):
-            yield JsonTexts(path, LINE, first, lines)
+        lines, before = iter(file), 0
+        if reading.span is not None:
+            file.seek(reading.span.start)
+            lines, before = _first(file, reading.span.stop - reading.span.start), reading.span.line - 1
+        for first, some in in_batches(intact(path, LINE, lines, reading)):
+            yield JsonTexts(path, LINE, before + first, some)
+
+
+def _first(file: io.BufferedReader, size: int) -> Iterator[bytes]:
+    """Lines that have this many bytes together."""
+    while size > 0 and (line := file.readline()):
+        size -= len(line)
+        yield line
 
 
 def items_of(path: Path, reading: Reading) -> Iterator[JsonTexts]:

@@ -37,6 +37,8 @@ _READERS: dict[str, Callable[[Path, Reading], Iterator[Batch]]] = {
     **dict.fromkeys(_SEEKABLE, pieces_of),
     ".tar": samples_of,
 }
+CUT_AT_LINES = (".jsonl", ".ndjson")
+"""Types of file that can be read from any line on, if they are not compressed."""
 RECORDS = tuple(_READERS)
 """Types of file that hold records; all but the columns of Arrow and Parquet may be compressed."""
 

@@ -1,23 +1,22 @@
 """Tokenise a source once and keep the result.
 
-A prepared corpus is a folder `tokenizer.json, tokens.bin, offsets.npy, hashes.npy, meta.json`, for conversations also
-`details.jsonl, details.npy`, and `media` for files that lay inside of others. It is named by a digest of everything it
-was made from, written aside and moved into place whole.
+A prepared corpus is a folder `tokenizer.json, meta.json` with a shard for each part of the source, `00000/tokens.bin,
+offsets.npy, hashes.npy`, for conversations also `details.jsonl, details.npy`, and `media` for files that lay inside of
+others. It is named by a digest of everything it was made from, written aside and moved into place whole; shards that
+were finished before a process was killed are kept.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TextIO, TypeAlias
+from typing import Any, TypeAlias
 
 from tokenizers import Tokenizer
 
@@ -25,18 +24,25 @@ from data.chat.documents import ChatFormat
 from data.containers.records import container_of
 from data.corpus.counts import Counts
 from data.corpus.digests import Digests
+from data.corpus.making import made_once
 from data.corpus.packing import Packing
+from data.corpus.parts import PART_BYTES, Part, cut
+from data.corpus.progress import Progress
 from data.corpus.reading import Reading, SourceError, go_on, unreadable
-from data.corpus.shards import Document, Shard, write_shard
+from data.corpus.report import write_report
+from data.corpus.shards import Shard, Shards, checksums, part_name, write_index, write_shard
 from data.corpus.sources import SourceFiles
 from data.corpus.text import TextFormat
 from data.tokenizer import load_tokenizer, use_all_processors
+from data.workers import in_order, processors
 
 log = logging.getLogger("gemwright")
 
-_VERSION = 3
+_VERSION = 4
 """Goes up when the same files get other tokens, so that nothing stale is read from a cache."""
-_MAKING, _LOCK = ".making-", ".lock"
+_NOTES = ".found.json"
+_FEW_BYTES = 1 << 21
+"""Not worth other processes."""
 
 Format: TypeAlias = TextFormat | ChatFormat
 
@@ -46,13 +52,15 @@ class Policy:
     """What becomes of what cannot be read or used.
 
     on_bad: refuse or skip; strict: whether what is read without being used is an error; check_stop: raises `UserError`
-    when told to stop; verify: whether files are compared with their checksums.
+    when told to stop; verify: whether files are compared with their checksums; workers: processes that
+    prepare, 0 for one on each processor.
     """
 
     on_bad: str = "refuse"
     strict: bool = False
     check_stop: Callable[[], None] = go_on
     verify: bool = True
+    workers: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class Corpus:
     """
 
     folder: Path
-    shard: Shard
+    shard: Shards
     tokenizer: Tokenizer
     packing: type[Packing]
     noun: str = "documents"
@@ -81,16 +89,15 @@ def default_cache() -> Path:
 def prepare(source: str, format: Format, cache: Path | None = None, policy: Policy | None = None) -> Corpus:
     """The tokenised documents of a source, from the cache or made now; the same for the same bytes, wherever they lie.
 
-    Safe to call from several processes at once: the first to finish wins, the others take its result. Raises
-    `UserError`, with file and line where there is one, for what cannot be read or used, and when nothing remains.
+    Safe to call from several processes at once: one makes them, and the others wait for its result. Raises `UserError`, with file and line where there is one, for what cannot be read or used, and when nothing remains.
     """
     policy = policy or Policy()
     found, corpora = format.files(source), (cache or default_cache()) / "corpora"
     digests = Digests(corpora)
     folder = corpora / _name(format, found, digests)
-    made_once(folder, lambda aside: _make(aside, source, found, format, policy))
+    made_once(folder, lambda aside: _make(aside, source, found, format, policy), policy.check_stop)
     roots = [path.parent.absolute() for path in found.files]
-    shard = Shard(folder, roots, digests if policy.verify else None)
+    shard = Shards(folder, roots, digests if policy.verify else None)
     twice = len(found.files) - len({digests.of(path) for path in found.files})
     shard.counts = replace(shard.counts, files=shard.counts.files | found.passed_over, twice=twice)
     digests.save()
@@ -102,86 +109,119 @@ def prepare(source: str, format: Format, cache: Path | None = None, policy: Poli
     return Corpus(folder, shard, tokenizer, format.packing, format.noun, format.max_media_tokens)
 
 
-def made_once(folder: Path, make: Callable[[Path], None]) -> None:
-    """Unless `folder` is there, have `make` fill an empty folder aside and move it into place whole.
-
-    What a killed process left aside is cleared away. Raises `SourceError` if nothing can be written there.
-    """
-    if folder.exists():
-        return
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _clear(folder.parent)
-        aside, lock = _aside(folder.parent)
-    except OSError as error:
-        raise SourceError(
-            f"prepared data cannot be kept in {folder.parent} ({error.strerror}); set data.cache to a folder that can "
-            "be written to."
-        ) from None
-    with lock:
-        try:
-            make(aside)
-            (aside / _LOCK).unlink()
-            aside.chmod(0o755)  # others may share the cache; temporary folders are private
-            aside.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-
-
-def _aside(parent: Path) -> tuple[Path, TextIO]:
-    """An empty folder, and the lock in it by which others know that its maker lives."""
-    while True:
-        aside = Path(tempfile.mkdtemp(dir=parent, prefix=_MAKING))
-        lock = (aside / _LOCK).open("w")
-        _is_free(lock.fileno())
-        if (aside / _LOCK).exists():  # else another process took it for left behind, before it was locked
-            return aside, lock
-        lock.close()
-
-
-def _clear(parent: Path) -> None:
-    """Remove folders that were being made, by a lock file in them ours, and whose makers are gone."""
-    for lock in parent.glob(f"{_MAKING}*/{_LOCK}"):
-        try:
-            with lock.open("r+") as held:
-                if _is_free(held.fileno()):
-                    shutil.rmtree(lock.parent)
-        except OSError as error:
-            log.warning("%s was left by a killed process and cannot be cleared away (%s)", lock.parent, error.strerror)
-
-
-def _is_free(descriptor: int) -> bool:
-    """Whether no other process holds the lock of a file, which this one then does; no on a file system without any."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
 def _make(folder: Path, source: str, found: SourceFiles, format: Format, policy: Policy) -> None:
+    """Fill a folder, in which parts may be that were prepared before."""
     use_all_processors()
-    tokenizer = format.make_tokenizer(Reading(found.files, policy.on_bad, policy.check_stop))
-    format.check(tokenizer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    reading = Reading(found.files, policy.on_bad, policy.check_stop, corpus=folder)
-    documents = _counted(format.documents(tokenizer, reading), found, reading)
-    write_shard(folder, documents, tokenizer.get_vocab_size(), reading.counts)
+    tokenizer = _tokenizer(folder / "tokenizer.json", found, format, policy)
+    parts, paths = cut(found.files), [str(path.absolute()) for path in found.files]
+    work = _Prepare(folder, format, tokenizer, found.files, paths, Progress(0))
+    kept = {number for number, part in enumerate(parts) if work.has(number, part)}
+    if kept:
+        log.info("%d of %d parts of %s were prepared before and are kept", len(kept), len(parts), source)
+    left = [(number, part) for number, part in enumerate(parts) if number not in kept]
+    _prepare_parts(work, left, policy)
+    reading = Reading(found.files, policy.on_bad, policy.check_stop)
+    written = []
+    for number in range(len(parts)):
+        its, notes = work.written(number)
+        reading.add_found(notes)
+        written.append((its, Counts.read(notes["counts"])))
+    unnamed = {path.resolve() for path in found.media} - reading.media
+    if unnamed:
+        reading.counts.files["media that no line names"] = len(unnamed)
+    reading.finish()
     if not reading.counts.kept:
         raise SourceError(
             f"data.source={source} leaves nothing to train on ({str(reading.counts) or 'it is empty'}); {format.fix}."
         )
+    write_index(folder, written, tokenizer.get_vocab_size(), reading.counts)
+    write_report(Shards(folder), sum(path.stat().st_size for path in found.files))
+    for note in folder.glob(f"*/{_NOTES}"):
+        note.unlink()
 
 
-def _counted(documents: Iterator[Document], found: SourceFiles, reading: Reading) -> Iterator[Document]:
-    """The documents; when all are read, media of the source that no line names are counted."""
-    yield from documents
-    unnamed = {path.resolve() for path in found.media} - reading.media
-    if unnamed:
-        reading.counts.files["media that no line names"] = len(unnamed)
+def _prepare_parts(work: _Prepare, parts: Sequence[tuple[int, Part]], policy: Policy) -> None:
+    """Make shards of parts, by other processes where there are several."""
+    workers = min(policy.workers or processors(), len(parts))
+    work.progress = progress = Progress(sum(part.size for _, part in parts), shared=workers > 1)
+    if workers > 1:
+        work.check_stop = progress.check_stop
+        log.info("%d processes prepare %d parts", workers, len(parts))
+    else:
+        work.check_stop, work.workers = policy.check_stop, policy.workers or processors()
+
+    def check_stop() -> None:
+        policy.check_stop()
+        progress.tell()
+
+    for _ in in_order(work, parts, check_stop, workers, progress.stop):
+        pass
+
+
+def _tokenizer(file: Path, found: SourceFiles, format: Format, policy: Policy) -> Tokenizer:
+    """The tokenizer in this file, which is made if it is missing."""
+    if file.exists():
+        return load_tokenizer(file)
+    size = sum(path.stat().st_size for path in found.files)
+    reading = Reading(found.files, policy.on_bad, policy.check_stop, progress=Progress(size))
+    tokenizer = format.make_tokenizer(reading)
+    format.check(tokenizer)
+    aside = file.with_name(".tokenizer.json")
+    tokenizer.save(str(aside))
+    aside.rename(file)
+    return tokenizer
+
+
+@dataclass
+class _Prepare:
+    """Makes a shard of a part of a source, in any process."""
+
+    folder: Path
+    format: Format
+    tokenizer: Tokenizer
+    files: list[Path]
+    paths: list[str]
+    progress: Progress
+    check_stop: Callable[[], None] = go_on
+    workers: int = 1
+
+    def __call__(self, item: tuple[int, Part]) -> None:
+        """Write the shard, with notes of what was found, and give it its name once it is whole."""
+        number, part = item
+        aside = self.folder / f".{part_name(number)}"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        many = self.workers if part.size > _FEW_BYTES else 1
+        files, first, span = self.files[part.first : part.stop], part.first, part.span
+        reading = Reading(
+            files, "skip", self.check_stop, Counts(), set(), self.folder, first, span, many, self.progress
+        )
+        documents = self.progress.counting(self.format.documents(self.tokenizer, reading))
+        written = write_shard(aside, documents, self.tokenizer.get_vocab_size())
+        notes = {"of": self._of(part), "written": asdict(written), **reading.found()}
+        (aside / _NOTES).write_text(json.dumps(notes))
+        aside.rename(self.folder / part_name(number))
+
+    def has(self, number: int, part: Part) -> bool:
+        """Whether a part is there, whole and of these files; what else has its name is removed."""
+        folder = self.folder / part_name(number)
+        try:
+            written, notes = self.written(number)
+            if notes["of"] == self._of(part) and written.sha256 == checksums(folder):
+                return True
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
+
+    def written(self, number: int) -> tuple[Shard, dict[str, Any]]:
+        """What was written of a part, and what was found in it."""
+        notes: dict[str, Any] = json.loads((self.folder / part_name(number) / _NOTES).read_text())
+        return Shard(**notes["written"]), notes
+
+    def _of(self, part: Part) -> list[Any]:
+        """What tells a part from another; it is named where it lies, since what was found has names of files."""
+        return [part.first, self.paths[part.first : part.stop], part.span and [*part.span]]
 
 
 def _check_counts(source: str, counts: Counts, policy: Policy) -> None:
@@ -205,7 +245,7 @@ def _name(format: Format, found: SourceFiles, digests: Digests) -> str:
     tokenizer = format.tokenizer
     if tokenizer is not None and tokenizer.is_dir():
         tokenizer = tokenizer / "tokenizer.json"
-    parts = [str(_VERSION), format.noun, format.settings()]
+    parts = [f"{_VERSION}/{PART_BYTES}", format.noun, format.settings()]
     try:
         parts += [digests.of(path) for path in ([tokenizer] if tokenizer and tokenizer.is_file() else [])]
         parts += [f"{container_of(path)} {digests.of(path)}" for path in found.files]

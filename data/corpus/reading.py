@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from data.corpus.counts import Counts
+from data.corpus.progress import Progress
+from data.workers import in_worker
 from model.errors import UserError
 
 log = logging.getLogger("gemwright")
@@ -17,8 +19,6 @@ log = logging.getLogger("gemwright")
 ON_BAD = ("refuse", "skip")
 _SHOWN = 10
 """Bad lines and files that are named one by one."""
-_SECONDS = 10
-"""Between two lines on how far it is."""
 
 
 class SourceError(UserError):
@@ -32,6 +32,14 @@ def unreadable(path: object, why: str | None) -> SourceError:
 
 def go_on() -> None:
     """Nothing asks to stop."""
+
+
+class Span(NamedTuple):
+    """Bytes [start, stop) of a file of lines, which begin and end with a line, and the number of the first."""
+
+    start: int
+    stop: int
+    line: int
 
 
 @dataclass
@@ -50,22 +58,25 @@ class Reading:
     corpus: Path | None = None
     """Folder of the corpus that is made of them, if one is."""
 
+    first: int = 0
+    """The number of the first of these files among all of the source."""
+    span: Span | None = None
+    """What is read of the file, if it is a single one of lines that is not read whole."""
+    workers: int = 1
+    """Processes that may parse what is read here."""
+    progress: Progress | None = None
+    """How far it is, if others are to know."""
+
     def __post_init__(self) -> None:
-        self._total, self._done = sum(path.stat().st_size for path in self.files), 0
-        self._started = self._told = time.monotonic()
         self._bad: list[str] = []
 
     def advance(self, size: int) -> None:
         """Count bytes that were read, and say from time to time how far that is."""
-        self._done += size
         self.check_stop()
-        now = time.monotonic()
-        if now - self._told >= _SECONDS:
-            self._told, rate = now, self._done / (now - self._started)
-            left = max(self._total - self._done, 0) / max(rate, 1)
-            log.info(
-                "prepared %.1f of %.1f MB, %.2f MB/s, %d s left", self._done / 1e6, self._total / 1e6, rate / 1e6, left
-            )
+        if self.progress is not None:
+            self.progress.add(size)
+            if not in_worker():
+                self.progress.tell()
 
     def bad(self, problem: str) -> None:
         """Note a line or file that cannot be read; `problem` begins with its place."""
@@ -78,6 +89,16 @@ class Reading:
         self.counts.add(part.counts)
         self.media |= part.media
         self._bad = (self._bad + part._bad)[:_SHOWN]
+
+    def found(self) -> dict[str, Any]:
+        """What was found, as JSON can hold it."""
+        return {"counts": asdict(self.counts), "bad": self._bad, "media": sorted(map(str, self.media))}
+
+    def add_found(self, found: dict[str, Any]) -> None:
+        """Count and note what `found` told of a part. Raises `ValueError` for counts that are none."""
+        part = Reading([], counts=Counts.read(found["counts"]), media={*map(Path, found["media"])})
+        part._bad = [str(problem) for problem in found["bad"]]
+        self.add(part)
 
     @contextmanager
     def forgiving(self) -> Iterator[None]:

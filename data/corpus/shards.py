@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +27,9 @@ Ids: TypeAlias = Sequence[int] | NDArray[np.int64]
 
 META, TOKENS, _OFFSETS, _HASHES = "meta.json", "tokens.bin", "offsets.npy", "hashes.npy"
 _DETAILS, _ENDS, _SOFT_TOKENS = "details.jsonl", "details.npy", "soft_tokens.npy"
+_SIZES = ("documents", "tokens", "details", "soft_tokens")
+_MOST_OPEN = 128
+"""Shards whose files are open at once."""
 
 
 class ShardError(UserError):
@@ -57,14 +62,24 @@ class Document:
         return not self.media and [*map(list, self.supervised)] == [[1, len(self.ids)]]
 
 
-def write_shard(folder: Path, documents: Iterable[Document], vocab_size: int, counts: Counts) -> None:
-    """Write to an existing folder, ids in two bytes where the vocabulary allows.
+@dataclass(frozen=True)
+class Shard:
+    """What was written of a part of a source: its documents, tokens, bytes of details and soft tokens, and checksums."""
 
-    Only one document is held at a time, or a part of one that goes on; `counts` is read when all are written.
+    documents: int
+    tokens: int
+    details: int
+    soft_tokens: int
+    sha256: dict[str, str]
+
+
+def write_shard(folder: Path, documents: Iterable[Document], vocab_size: int) -> Shard:
+    """Write a shard to an existing folder, ids in two bytes where the vocabulary allows.
+
+    Only one document is held at a time, or a part of one that goes on, and three numbers of each.
     """
-    dtype, offsets, ends, length = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32), [0], [0], 0
-    hashes: list[int] = []
-    soft_tokens: list[int] = []
+    dtype, length = dtype_of(vocab_size), 0
+    offsets, ends, hashes, soft_tokens = array("q", [0]), array("q", [0]), array("Q"), array("q")
     with (folder / TOKENS).open("wb") as tokens, (folder / _DETAILS).open("wb") as details:
         for document in documents:
             tokens.write(np.asarray(document.ids, dtype=dtype).tobytes())
@@ -84,55 +99,102 @@ def write_shard(folder: Path, documents: Iterable[Document], vocab_size: int, co
         np.save(folder / _ENDS, np.asarray(ends, dtype=np.int64))
     else:
         (folder / _DETAILS).unlink()
-    meta = {"dtype": dtype.name, "documents": len(offsets) - 1, "tokens": offsets[-1], "vocab_size": vocab_size}
-    meta |= {"details": ends[-1], "soft_tokens": any(soft_tokens), "counts": asdict(counts)}
-    meta["sha256"] = {file.name: _sha256(file) for file in sorted(folder.glob("[!.]*")) if file.is_file()}
-    (folder / META).write_text(json.dumps(meta))
+    return Shard(len(hashes), length, ends[-1], sum(soft_tokens), checksums(folder))
 
 
-class Shard:
-    """Read access to written documents. Raises `ShardError` if files are missing, damaged, or not what was written.
+def write_index(folder: Path, parts: Sequence[tuple[Shard, Counts]], vocab_size: int, counts: Counts) -> None:
+    """Make a corpus of the shards in a folder: its index has their sizes, counts and checksums, and the whole's."""
+    written = [{name: getattr(part, name) for name in _SIZES} | {"counts": asdict(its)} for part, its in parts]
+    meta: dict[str, Any] = {"dtype": dtype_of(vocab_size).name, "vocab_size": vocab_size, "counts": asdict(counts)}
+    meta |= {key: sum(getattr(part, key) for part, _ in parts) for key in ("documents", "tokens")}
+    sha256 = checksums(folder)
+    for number, (part, _) in enumerate(parts):
+        sha256 |= {f"{part_name(number)}/{name}": digest for name, digest in part.sha256.items()}
+    (folder / META).write_text(json.dumps(meta | {"parts": written, "sha256": sha256}))
+
+
+def dtype_of(vocab_size: int) -> np.dtype[Any]:
+    """The smallest type that holds every id of a vocabulary."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def part_name(number: int) -> str:
+    """The folder of a shard in that of its corpus."""
+    return f"{number:05d}"
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file in a folder that is not hidden."""
+    return {file.name: _sha256(file) for file in sorted(folder.glob("[!.]*")) if file.is_file()}
+
+
+class _Opened(NamedTuple):
+    """Tokens and details of a shard, mapped from disk."""
+
+    tokens: NDArray[Any]
+    details: NDArray[np.uint8]
+
+
+class Shards:
+    """Read access to a corpus. Raises `ShardError` if files are missing, damaged, or not what was written.
 
     roots: folders in which relative paths of media begin, in the order of the files that named them; digests: of the
-    files' contents, where they are to be compared with what was written.
+    files' contents, where they are to be compared with what was written. Three numbers of each document are held, and
+    files of few shards are open at once.
     """
 
     def __init__(self, folder: Path, roots: Sequence[Path] = (), digests: Digests | None = None) -> None:
         self.folder, self.roots = folder, roots
+        self._opened: dict[int, _Opened] = {}
         try:
             meta: dict[str, Any] = json.loads((folder / META).read_text())
             if digests is not None:
                 self._compare(meta["sha256"], digests)
-            self.offsets: NDArray[np.int64] = np.load(folder / _OFFSETS)
-            self.hashes: NDArray[np.uint64] = np.load(folder / _HASHES)
-            """64 bits of each document's contents."""
             if meta["dtype"] not in ("uint16", "uint32"):
                 raise ValueError(f"dtype {meta['dtype']!r}")
-            self.tokens = np.memmap(folder / TOKENS, dtype=meta["dtype"], mode="r")
+            self._dtype = np.dtype(meta["dtype"])
             self.vocab_size = int(meta["vocab_size"])
             self.counts = Counts.read(meta["counts"])
             self.digest = hashlib.sha256(json.dumps(meta["sha256"], sort_keys=True).encode()).hexdigest()[:20]
-            self.soft_tokens: NDArray[np.int64] = np.zeros(meta["documents"], np.int64)
-            """Tokens of each document that stand for media; a corpus from before they were kept has none."""
-            if meta.get("soft_tokens"):
-                self.soft_tokens = np.load(folder / _SOFT_TOKENS)
-            self._ends, self._details = np.zeros_like(self.offsets), np.zeros(0, np.uint8)
-            if meta["details"]:
-                self._ends = np.load(folder / _ENDS)
-                self._details = np.memmap(folder / _DETAILS, dtype=np.uint8, mode="r")
-            same = len(self.tokens) == meta["tokens"] == self.offsets[-1] and len(self.offsets) == meta["documents"] + 1
-            same = same and len(self.hashes) == len(self.soft_tokens) == meta["documents"]
-            same_details = len(self._ends) == len(self.offsets) and len(self._details) == self._ends[-1]
+            self._parts = [Shard(*(part[name] for name in _SIZES), sha256={}) for part in meta["parts"]]
+            self._offsets, self._ends, hashes = list[NDArray[np.int64]](), list[NDArray[np.int64]](), []
+            soft_tokens = [np.zeros(0, np.int64)]
+            for number, part in enumerate(self._parts):
+                self._check_sizes(number, part)
+                self._offsets.append(np.load(self._path(number, _OFFSETS)))
+                hashes.append(np.load(self._path(number, _HASHES)))
+                ends = np.load(self._path(number, _ENDS)) if part.details else np.zeros(part.documents + 1, np.int64)
+                self._ends.append(ends)
+                no_media = np.zeros(part.documents, np.int64)
+                soft_tokens.append(np.load(self._path(number, _SOFT_TOKENS)) if part.soft_tokens else no_media)
+                if not part.documents == len(hashes[-1]) == len(self._offsets[-1]) - 1 == len(ends) - 1:
+                    raise self._damaged(f"has not the {part.documents} documents that its {META} says")
+                if len(soft_tokens[-1]) != part.documents or soft_tokens[-1].sum() != part.soft_tokens:
+                    raise self._damaged(f"has not the {part.soft_tokens} soft tokens that its {META} says")
+                if self._offsets[-1][-1] != part.tokens or ends[-1] != part.details:
+                    raise self._damaged(f"has not the {part.tokens} tokens that its {META} says")
+            self.hashes: NDArray[np.uint64] = np.concatenate([np.zeros(0, np.uint64), *hashes])
+            """64 bits of each document's contents."""
+            self.soft_tokens: NDArray[np.int64] = np.concatenate(soft_tokens)
+            """Tokens of each document that stand for media."""
+            self._first = np.cumsum([0, *(part.documents for part in self._parts)])
+            same = (meta["documents"], meta["tokens"]) == (self.num_documents, self.num_tokens)
         except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise self._damaged(f"cannot be read ({error})") from None
         if not same:
-            raise self._damaged(f"has {len(self.tokens)} tokens where its {META} says {meta['tokens']}")
-        if not same_details:
-            raise self._damaged(f"has a {_DETAILS} of another size than was written")
+            raise self._damaged(f"has {self.num_tokens} tokens where its {META} says {meta['tokens']}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A worker that is not forked opens the files itself, rather than get all tokens."""
-        return Shard, (self.folder, self.roots)
+        return Shards, (self.folder, self.roots)
+
+    def _path(self, number: int, name: str) -> Path:
+        return self.folder / part_name(number) / name
+
+    def _check_sizes(self, number: int, part: Shard) -> None:
+        for name, size in ((TOKENS, part.tokens * self._dtype.itemsize), (_DETAILS, part.details)):
+            if size and self._path(number, name).stat().st_size != size:
+                raise self._damaged(f"has a {part_name(number)}/{name} of another size than was written")
 
     def _compare(self, written: dict[str, str], digests: Digests) -> None:
         for name, digest in written.items():
@@ -144,23 +206,43 @@ class Shard:
 
     @property
     def num_documents(self) -> int:
-        """How many documents the folder holds."""
-        return len(self.offsets) - 1
+        """How many documents the corpus holds."""
+        return len(self.hashes)
 
     @property
+    def num_tokens(self) -> int:
+        """How many tokens the corpus holds."""
+        return sum(part.tokens for part in self._parts)
+
+    @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each document."""
-        return np.diff(self.offsets)
+        return np.concatenate([np.zeros(0, np.int64), *map(np.diff, self._offsets)])
 
     def document(self, index: int, start: int = 0, stop: int | None = None) -> Document:
         """A document of which only tokens [start, stop) are read; what is supervised still counts from its start."""
-        first, end = int(self.offsets[index]), int(self.offsets[index + 1])
-        ids = self.tokens[first + start : end if stop is None else min(first + stop, end)].astype(np.int64)
-        line = bytes(self._details[self._ends[index] : self._ends[index + 1]])
+        number = int(np.searchsorted(self._first, index, side="right")) - 1
+        opened, index = self._open(number), index - int(self._first[number])
+        first, end = (int(offset) for offset in self._offsets[number][index : index + 2])
+        ids = opened.tokens[first + start : end if stop is None else min(first + stop, end)].astype(np.int64)
+        line = bytes(opened.details[self._ends[number][index] : self._ends[number][index + 1]])
         if not line:
             return Document(ids, [[1, end - first]])
         details: dict[str, Any] = json.loads(line)
         return Document(ids, details["supervised"], [self._placed(MediaFile(**file)) for file in details["media"]])
+
+    def _open(self, number: int) -> _Opened:
+        """The files of a shard, which take a descriptor each; the one that was opened first is closed for it."""
+        if number not in self._opened:
+            while len(self._opened) >= _MOST_OPEN:
+                del self._opened[next(iter(self._opened))]
+            part, no_details = self._parts[number], np.zeros(0, np.uint8)
+            tokens: NDArray[Any] = np.zeros(0, self._dtype)
+            if part.tokens:
+                tokens = np.memmap(self._path(number, TOKENS), dtype=self._dtype, mode="r")
+            details = np.memmap(self._path(number, _DETAILS), np.uint8, "r") if part.details else no_details
+            self._opened[number] = _Opened(tokens, details)
+        return self._opened[number]
 
     def _placed(self, file: MediaFile) -> MediaFile:
         root = self.roots[file.root] if self.roots else Path()

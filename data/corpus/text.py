@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -16,6 +17,8 @@ from data.corpus.reading import Reading
 from data.corpus.shards import Document
 from data.corpus.sources import SourceFiles, read_texts, source_files
 from data.tokenizer import BOS, EOS, load_tokenizer, train_tokenizer
+
+log = logging.getLogger("gemwright")
 
 _TEXTS_PER_CALL, _CHARACTERS_PER_CALL = 256, 1 << 21
 
@@ -42,6 +45,7 @@ class TextFormat:
     def make_tokenizer(self, reading: Reading) -> Tokenizer:
         """The given tokenizer, or one trained on these texts."""
         if self.tokenizer is None:
+            log.info("training a tokenizer of %d pieces", self.vocab_size)
             tokenizer = train_tokenizer((text for text, _ in read_texts(reading.files, reading)), self.vocab_size)
             if reading.on_bad == "refuse":
                 reading.finish()
@@ -52,7 +56,7 @@ class TextFormat:
         """Any tokenizer can read text."""
 
     def documents(self, tokenizer: Tokenizer, reading: Reading) -> Iterator[Document]:
-        """Each text as tokens between begin and end of text, all of them learned."""
+        """Each text as tokens between begin and end of text, all learned; `reading` learns what was left out."""
         # A document cannot smuggle in control tokens: text spelling one is encoded piece by piece.
         tokenizer.encode_special_tokens = True
         begins, contents = True, ContentHash()
@@ -64,7 +68,6 @@ class TextFormat:
                 contents.add(text)
                 yield Document.text(ids, goes_on=not ends, content_hash=contents.end() if ends else 0)
                 begins = ends
-        reading.finish()
 
 
 def _batches(texts: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:

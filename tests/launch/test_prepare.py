@@ -20,6 +20,10 @@ def test_prepare_as_a_command(
     assert "120 documents" in capsys.readouterr().out
     folder = next((cache / "corpora").glob("[!.]*"))
     assert json.loads((folder / "meta.json").read_text())["documents"] == 120
+    report = json.loads((folder / "report.json").read_text())
+    assert report["documents"] == 120 == sum(count for _, _, count in report["lengths"])
+    assert report["bytes_per_token"] == source.stat().st_size / report["tokens"]
+    assert (folder / "report.svg").read_text().startswith("<svg xmlns=")
     monkeypatch.setattr("sys.argv", ["prepare", f"source={tmp_path / 'no'}"])
     with pytest.raises(SystemExit, match=r"error: .*names no text"):
         main()

@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 
 from data.chat import previews
-from data.chat.page import Files, PageError, View, histogram, make_page
+from data.chat.page import Files, PageError, View, make_page
 from data.chat.previews import media_type
 from data.chat.read import read_conversations
 from data.chat.show import shown_tokens
+from data.corpus.report import histogram
 from data.media.process import MediaProcessor
 from data.tokenizer import load_tokenizer
 from launch.show import main as show

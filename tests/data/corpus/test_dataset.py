@@ -15,7 +15,7 @@ from data.corpus.counts import Counts
 from data.corpus.dataset import PackedDataset
 from data.corpus.packing import Whole
 from data.corpus.prepare import Corpus
-from data.corpus.shards import Document, Shard, ShardError, write_shard
+from data.corpus.shards import Document, ShardError, Shards, part_name, write_index, write_shard
 from data.tokenizer import BOS, EOS
 from model import Gemma4Config
 from tests.harness.chat_files import LENGTH as CHAT_LENGTH
@@ -38,9 +38,10 @@ def documents(dataset: PackedDataset, index: int) -> list[int]:
 def stored(folder: Path, chats: Iterable[tuple[list[int], list[bool]]]) -> Corpus:
     """A corpus of these tokens, without a source."""
     folder.mkdir()
-    counts = Counts()
-    write_shard(folder, (Document(ids, runs(supervised)) for ids, supervised in chats), 400, counts)
-    return Corpus(folder, Shard(folder), TOKENIZER, Whole)
+    (folder / part_name(0)).mkdir()
+    shard = write_shard(folder / part_name(0), (Document(ids, runs(supervised)) for ids, supervised in chats), 400)
+    write_index(folder, [(shard, Counts())], 400, Counts())
+    return Corpus(folder, Shards(folder), TOKENIZER, Whole)
 
 
 def random_chats(lengths: Iterable[int]) -> Iterator[tuple[list[int], list[bool]]]:
@@ -56,10 +57,13 @@ def test_every_token_of_an_epoch_appears_once_and_epochs_differ(corpus: Corpus) 
     def tokens(epoch: int) -> torch.Tensor:
         return torch.cat([dataset[epoch * count + i].tokens_S for i in range(count)])
 
-    whole = torch.bincount(torch.from_numpy(corpus.shard.tokens.astype("int64")), minlength=512)
+    shard, size = corpus.shard, corpus.shard.num_documents
+    whole = torch.bincount(
+        torch.tensor([i for document in range(size) for i in ids_of(shard.document(document))]), minlength=512
+    )
     for epoch in (0, 1):
         missing = whole - torch.bincount(tokens(epoch), minlength=512)
-        assert (missing >= 0).all() and missing.sum() == len(corpus.shard.tokens) - count * LENGTH
+        assert (missing >= 0).all() and missing.sum() == shard.num_tokens - count * LENGTH
     assert not torch.equal(tokens(0), tokens(1))
     assert torch.equal(tokens(1), tokens(1))
 

@@ -9,14 +9,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from data.corpus.making import made_once
 from data.corpus.open import Settings, Source, open_data
-from data.corpus.prepare import Policy, default_cache, made_once, prepare
+from data.corpus.prepare import Policy, default_cache, prepare
 from data.corpus.reading import SourceError
-from data.corpus.shards import Shard, ShardError
+from data.corpus.shards import ShardError, Shards
 from data.corpus.text import TextFormat
 from model.errors import UserError
 from tests.harness.chat_files import E4B, LENGTH, TOKENIZER, chat, model, text, user, write, write_media
@@ -27,14 +30,14 @@ from tests.harness.runs import make_corpus
 
 def test_a_corpus_is_prepared_once_and_damage_is_found(tmp_path: Path) -> None:
     first = texts(tmp_path)
-    stamp = (first.folder / "tokens.bin").stat().st_mtime_ns
+    stamp = (first.folder / "00000/tokens.bin").stat().st_mtime_ns
     again = texts(tmp_path, tmp_path / "corpus.jsonl")
-    assert again.folder == first.folder and (again.folder / "tokens.bin").stat().st_mtime_ns == stamp
+    assert again.folder == first.folder and (again.folder / "00000/tokens.bin").stat().st_mtime_ns == stamp
     assert texts(tmp_path, tmp_path / "corpus.jsonl", 410).folder != first.folder
-    assert not list(first.folder.parent.glob(".making-*")) and not (first.folder / "details.jsonl").exists()
-    (first.folder / "tokens.bin").write_bytes((first.folder / "tokens.bin").read_bytes()[:-6])
+    assert not list(first.folder.parent.glob(".making-*")) and not (first.folder / "00000/details.jsonl").exists()
+    (first.folder / "00000/tokens.bin").write_bytes((first.folder / "00000/tokens.bin").read_bytes()[:-6])
     with pytest.raises(ShardError, match="delete the folder"):
-        Shard(first.folder)
+        Shards(first.folder)
 
 
 def test_a_source_without_text_is_refused(tmp_path: Path) -> None:
@@ -45,15 +48,22 @@ def test_a_source_without_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_first_of_two_makers_wins(tmp_path: Path) -> None:
-    def make_fast(aside: Path) -> None:
+    makers = list[str]()
+
+    def make(aside: Path) -> None:
+        makers.append(aside.name)
+        threads[1].start()
+        time.sleep(0.5)
         (aside / "by").write_text("first")
 
-    def make_slowly(aside: Path) -> None:
-        made_once(tmp_path / "made", make_fast)
-        (aside / "by").write_text("second")
-
-    made_once(tmp_path / "made", make_slowly)
-    assert (tmp_path / "made" / "by").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+    threads = [threading.Thread(target=made_once, args=(tmp_path / "made", make)) for _ in range(2)]
+    threads[0].start()
+    for thread in threads:
+        while not thread.ident:
+            time.sleep(0.01)
+        thread.join()
+    assert makers == [".making-made"] and (tmp_path / "made" / "by").read_text() == "first"
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_the_same_bytes_are_the_same_corpus_wherever_they_lie(tmp_path: Path) -> None:
@@ -93,7 +103,7 @@ def test_a_staged_folder_reads_its_own_pictures(tmp_path: Path) -> None:
 def test_a_corpus_in_which_any_byte_was_changed_is_refused(tmp_path: Path) -> None:
     folder = texts(tmp_path).folder
     source, format = str(tmp_path / "corpus.jsonl"), TextFormat(None, 400)
-    for file in ("tokens.bin", "offsets.npy", "tokenizer.json"):
+    for file in ("00000/tokens.bin", "00000/offsets.npy", "tokenizer.json"):
         whole = (folder / file).read_bytes()
         status = (folder / file).stat()
         (folder / file).write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
@@ -107,7 +117,7 @@ def test_a_corpus_in_which_any_byte_was_changed_is_refused(tmp_path: Path) -> No
 def killed_maker(cache: Path) -> Path:
     """What a process leaves that is killed while it makes a folder in `cache`."""
     code = (
-        "import os, sys; from pathlib import Path; from data.corpus.prepare import made_once\n"
+        "import os, sys; from pathlib import Path; from data.corpus.making import made_once\n"
         "def make(aside):\n"
         "    (aside / 'half').write_text('x'); print(aside, flush=True); sys.stdin.read()\n"
         "made_once(Path(sys.argv[1]) / 'made', make)\n"
