@@ -89,7 +89,8 @@ def default_cache() -> Path:
 def prepare(source: str, format: Format, cache: Path | None = None, policy: Policy | None = None) -> Corpus:
     """The tokenised documents of a source, from the cache or made now; the same for the same bytes, wherever they lie.
 
-    Safe to call from several processes at once: one makes them, and the others wait for its result. Raises `UserError`, with file and line where there is one, for what cannot be read or used, and when nothing remains.
+    Safe to call from several processes at once: one makes them, and the others wait for it. Raises
+    `UserError`, with file and line where there is one, for what cannot be read or used, and when nothing remains.
     """
     policy = policy or Policy()
     found, corpora = format.files(source), (cache or default_cache()) / "corpora"

@@ -64,7 +64,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Shard:
-    """What was written of a part of a source: its documents, tokens, bytes of details and soft tokens, and checksums."""
+    """What was written of a part of a source: documents, tokens, bytes of details, soft tokens, and checksums."""
 
     documents: int
     tokens: int
@@ -156,7 +156,7 @@ class Shards:
             self.vocab_size = int(meta["vocab_size"])
             self.counts = Counts.read(meta["counts"])
             self.digest = hashlib.sha256(json.dumps(meta["sha256"], sort_keys=True).encode()).hexdigest()[:20]
-            self._parts = [Shard(*(part[name] for name in _SIZES), sha256={}) for part in meta["parts"]]
+            self._parts = [Shard(**{name: part[name] for name in _SIZES}, sha256={}) for part in meta["parts"]]
             self._offsets, self._ends, hashes = list[NDArray[np.int64]](), list[NDArray[np.int64]](), []
             soft_tokens = [np.zeros(0, np.int64)]
             for number, part in enumerate(self._parts):
