@@ -44,18 +44,20 @@ def begin_worker(owner: int) -> None:
     threading.Thread(target=_end_with, args=(owner,), daemon=True).start()
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item], check_stop: Callable[[], None]) -> Iterator[Result]:
-    """`work` of each item, in the order of the items, by as many processes as there are processors.
+def in_order(
+    work: Callable[[Item], Result], items: Iterable[Item], check_stop: Callable[[], None], workers: int = 0
+) -> Iterator[Result]:
+    """`work` of each item, in the order of the items, by that many processes, or by as many as there are processors.
 
     Few items are held at once, and one alone is worked on here. `check_stop` is called while results are awaited.
     Raises `UserError` if a process is killed, and whatever `work` raises.
     """
     items = iter(items)
     first = list(itertools.islice(items, 2))
-    if len(first) < 2 or processors() < 2:
+    workers = workers or processors()
+    if len(first) < 2 or workers < 2:
         yield from map(work, itertools.chain(first, items))
         return
-    workers = processors()
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context(), _begin, (work, os.getpid()))
     waiting: deque[Future[Result]] = deque()
     try:

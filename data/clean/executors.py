@@ -1,0 +1,102 @@
+"""Who runs a stage's tasks: processes of this machine, or jobs of SLURM."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import shutil
+import sys
+import time
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
+from loguru import logger
+
+from data.clean.folder import Folder, Plan, unwritable
+from data.clean.settings import CleanError, Cleaning
+from data.clean.stages import Stage, make_stages
+from data.corpus.reading import go_on
+from data.workers import in_order, processors
+from model.errors import UserError
+
+log = logging.getLogger("gemwright")
+
+_SECONDS = 10
+"""Between two lines on how far a stage is."""
+
+
+class Local(LocalPipelineExecutor):
+    """The library's executor, whose processes end with this one, and whose death is an error and no silence."""
+
+    def run(self) -> None:
+        """Run the tasks that are not done yet, as many at once as there are workers."""
+        ranks = self.get_incomplete_ranks()
+        done, told = self.tasks - len(ranks), time.monotonic()
+        stage = Path(self.logging_dir.path).name
+        if ranks and done:
+            log.info("%s: %d of %d tasks were done before", stage, done, self.tasks)
+        for _ in in_order(self._one, ranks, go_on, self.workers):
+            done += 1
+            if done == self.tasks or time.monotonic() - told > _SECONDS:
+                told = time.monotonic()
+                log.info("%s: %d of %d tasks", stage, done, self.tasks)
+
+    def _one(self, rank: int) -> None:
+        alone = copy.copy(self)
+        alone.pipeline = copy.deepcopy(self.pipeline)  # what a step counts is one task's
+        try:
+            with redirect_stderr(io.StringIO()):  # the library tells its log, which is in a file, there too
+                alone._run_for_rank(rank)
+        except UserError:
+            raise
+        except OSError as error:
+            raise unwritable(Path(self.logging_dir.path), error) from None
+        except Exception as error:
+            where = Path(self.logging_dir.path, "logs", f"task_{rank:05d}.log")
+            raise CleanError(f"task {rank} failed ({type(error).__name__}: {error}); {where} says where.") from error
+
+
+def run_locally(asked: Cleaning, plan: Plan, folder: Folder) -> None:
+    """Run the stages one after the other in processes of this machine."""
+    logger.remove()  # by which the library tells on the screen what it does
+    workers = asked.workers or processors()
+    for stage in make_stages(asked, plan, folder):
+        Local(
+            stage.steps, stage.tasks, workers, str(folder.logs(stage.name)), skip_completed=stage.name != "report"
+        ).run()
+
+
+def slurm_executors(asked: Cleaning, folder: Folder, stages: list[Stage]) -> list[Any]:
+    """An executor for each stage, which waits for all tasks of the one before."""
+    made: list[Any] = []
+    for stage in stages:
+        made.append(
+            SlurmPipelineExecutor(
+                stage.steps,
+                stage.tasks,
+                time=asked.time,
+                partition=asked.partition,
+                mem_per_cpu_gb=asked.memory_gb,
+                workers=asked.workers or -1,
+                job_name=f"clean_{stage.name}",
+                qos=asked.qos,
+                env_command=f'export PATH="{Path(sys.executable).parent}:$PATH"',
+                depends=made[-1] if made else None,
+                logging_dir=str(folder.logs(stage.name)),
+                skip_completed=stage.name != "report",
+            )
+        )
+    return made
+
+
+def submit(asked: Cleaning, plan: Plan, folder: Folder) -> None:
+    """Hand all stages to SLURM; each waits for the one before."""
+    if shutil.which("sbatch") is None:
+        raise CleanError(
+            "executor=slurm needs the command sbatch, which is not here; start it where jobs are submitted."
+        )
+    logger.remove()
+    slurm_executors(asked, folder, make_stages(asked, plan, folder))[-1].run()
