@@ -7,7 +7,7 @@ import json
 import logging
 from typing import Any
 
-from data.clean.folder import Folder, begin, make_plan
+from data.clean.folder import Folder, begin, held, make_plan
 from data.clean.settings import CleanError, Cleaning, check
 
 log = logging.getLogger("gemwright")
@@ -26,7 +26,8 @@ def clean(asked: Cleaning) -> dict[str, Any] | None:
     folder = begin(asked, plan)
     if not folder.report.is_file():
         log.info("%d tasks for %d files", len(plan.tasks), sum(map(len, plan.tasks)))
-        (run_locally if asked.executor == "local" else submit)(asked, plan, folder)
+        with held(folder):
+            (run_locally if asked.executor == "local" else submit)(asked, plan, folder)
     return _report(folder)
 
 
@@ -42,6 +43,7 @@ def _require_library() -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
+            package = (error.name or name).partition(".")[0]
             raise CleanError(
-                f"cleaning takes {error.name}, which is not installed; pip install gemwright[clean]."
+                f"cleaning takes {package}, which is not installed; pip install gemwright[clean]."
             ) from None

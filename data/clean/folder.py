@@ -9,8 +9,11 @@ out/work/                       what stages hand on; gone at the end
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +90,7 @@ def make_plan(asked: Cleaning) -> Plan:
     dealt: dict[int, list[str]] = {}
     before = 0
     for path, size in zip(files, sizes, strict=True):
-        dealt.setdefault(min(before * wanted // max(total, 1), wanted - 1), []).append(str(path))
+        dealt.setdefault(min((2 * before + size) * wanted // max(2 * total, 1), wanted - 1), []).append(str(path))
         before += size
     return Plan(tuple(map(tuple, dealt.values())), found.passed_over)
 
@@ -110,6 +113,19 @@ def begin(asked: Cleaning, plan: Plan) -> Folder:
     except OSError as error:
         raise unwritable(folder.out, error) from None
     return folder
+
+
+@contextmanager
+def held(folder: Folder) -> Iterator[None]:
+    """No other process of this machine fills the folder meanwhile. Raises `CleanError` if one does."""
+    with folder.asked.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CleanError(f"{folder.out} is being filled by another process; wait for it, or end it.") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def unwritable(path: Path, error: OSError) -> CleanError:

@@ -83,6 +83,8 @@ def write_report(asked: Cleaning, folder: Folder, stages: list[str], passed_over
             total.add(json.loads(path.read_text(encoding="utf-8")), stage == stages[0], stage == stages[-1])
     found = {name: value for name, value in asdict(total).items() if name != "examples"}
     found["dropped"] = dict(sorted(found["dropped"].items(), key=lambda item: (-item[1]["documents"], item[0])))
+    gone = sum(dropped["bytes"] for dropped in found["dropped"].values())
+    found["bytes_cut"] = total.bytes_in - gone - total.bytes_out
     report = {
         "source": asked.source,
         "filters": asked.filters,
@@ -101,6 +103,8 @@ def rows(report: dict[str, Any]) -> Iterator[dict[str, str]]:
         yield _row(reason, dropped["documents"], dropped["bytes"], report) | {"for example": Path(example).name}
     if report["bad"]:
         yield _row("cannot be read", report["bad"], 0, report)
+    if report["bytes_cut"]:
+        yield _row("cut by c4 from what is left", 0, report["bytes_cut"], report)
     yield _row("out", report["documents_out"], report["bytes_out"], report)
 
 
