@@ -18,7 +18,7 @@ import sys
 import time
 
 from data.clean.clean import clean
-from data.clean.settings import Cleaning
+from data.clean.settings import CleanError, Cleaning
 from data.clean.tally import rows
 from launch.arguments import run
 from launch.variants import table
@@ -28,12 +28,19 @@ def clean_texts(asked: Cleaning) -> None:
     """Clean a source, and print the report as a table."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     started = time.monotonic()
-    report = clean(asked)
+    try:
+        report = clean(asked)
+    except KeyboardInterrupt:
+        raise CleanError("stopped; the same command goes on where it was.") from None
     if report is None:
         print(f"submitted; the same command prints the report once {asked.out}/report.json is there")
         return
     seconds = time.monotonic() - started
     print(table([*rows(report)]))
+    if not report["documents_out"]:
+        raise CleanError(
+            f"nothing is left of {asked.source}; the table says why: loosen a threshold, or drop a filter."
+        )
     print(f"{seconds:,.1f} s | {asked.out}/report.json | data.source={asked.out}/documents")
 
 

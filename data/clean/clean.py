@@ -25,7 +25,7 @@ def clean(asked: Cleaning) -> dict[str, Any] | None:
     plan = make_plan(asked)
     folder = begin(asked, plan)
     if not folder.report.is_file():
-        log.info("%d tasks for %d files", len(plan.tasks), sum(map(len, plan.tasks)))
+        log.info("tasks: %d, files: %d", len(plan.tasks), sum(map(len, plan.tasks)))
         with held(folder):
             (run_locally if asked.executor == "local" else submit)(asked, plan, folder)
     return _report(folder)

@@ -8,11 +8,14 @@ import logging
 import shutil
 import sys
 import time
+from collections import deque
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
+from datatrove.utils.logging import add_task_logger, close_task_logger
+from datatrove.utils.stats import PipelineStats
 from loguru import logger
 
 from data.clean.folder import Folder, Plan, unwritable
@@ -45,11 +48,9 @@ class Local(LocalPipelineExecutor):
                 log.info("%s: %d of %d tasks", stage, done, self.tasks)
 
     def _one(self, rank: int) -> None:
-        alone = copy.copy(self)
-        alone.pipeline = copy.deepcopy(self.pipeline)  # what a step counts is one task's
         try:
             with redirect_stderr(io.StringIO()):  # the library tells its log, which is in a file, there too
-                alone._run_for_rank(rank)
+                self._logged(rank)
         except UserError:
             raise
         except OSError as error:
@@ -57,6 +58,22 @@ class Local(LocalPipelineExecutor):
         except Exception as error:
             where = Path(self.logging_dir.path, "logs", f"task_{rank:05d}.log")
             raise CleanError(f"task {rank} failed ({type(error).__name__}: {error}); {where} says where.") from error
+
+    def _logged(self, rank: int) -> None:
+        log_file = add_task_logger(self.logging_dir, rank)
+        steps, data = copy.deepcopy(self.pipeline), None  # what a step counts is one task's
+        try:
+            for step in steps:
+                data = step(data, rank, self.world_size)
+            deque(data or (), maxlen=0)
+            with self.logging_dir.open(f"stats/{rank:05d}.json", "w") as file:
+                PipelineStats(steps).save_to_disk(file)
+            self.mark_rank_as_completed(rank)
+        except Exception as error:
+            logger.exception(error)
+            raise
+        finally:
+            close_task_logger(log_file)
 
 
 def run_locally(asked: Cleaning, plan: Plan, folder: Folder) -> None:

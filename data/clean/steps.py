@@ -14,6 +14,7 @@ import zstandard
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup.minhash import MinhashDedupSignature
+from datatrove.utils.hashing import create_hash_func
 from datatrove.utils.text import simplify_text
 
 from data.clean.folder import Folder, Plan
@@ -129,7 +130,7 @@ class Counted:
 
 
 class Signatures(MinhashDedupSignature):
-    """Those of the library; a document of fewer words than a run has is one run."""
+    """Signatures as the library makes them; a document of fewer words than a run has is one run."""
 
     def get_shingles(self, text: str) -> np.ndarray:
         """Hashes of a document's runs of words, one below the other."""
@@ -137,7 +138,7 @@ class Signatures(MinhashDedupSignature):
         if found.size:
             return found
         whole = simplify_text(text, self.config.norm_config) or text
-        return np.array([[self._hash_func(whole)]], np.uint64)
+        return np.array([[create_hash_func(self.config.hash_config)(whole)]], np.uint64)
 
 
 class FirstOfEach(PipelineStep):

@@ -33,7 +33,7 @@ class Tally:
     bytes_in: int = 0
     bad: int = 0
     dropped: dict[str, Dropped] = field(default_factory=dict)
-    """By "filter: reason"."""
+    """The keys are "filter: reason"."""
     documents_out: int = 0
     bytes_out: int = 0
 

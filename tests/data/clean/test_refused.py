@@ -120,6 +120,14 @@ def test_a_full_disk_is_named_and_the_rest_goes_on(workers: int, tmp_path: Path)
     assert counts(report) == {} and texts_of(tmp_path / "out") == [*texts[0::2], *texts[1::2]]
 
 
+def test_a_source_of_which_nothing_is_left_is_named(refusal: Refuse, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    for source in (tmp_path / "empty.txt", lines(tmp_path / "short.jsonl", ["short"])):
+        out = tmp_path / source.stem
+        said = f"error: nothing is left of {source}; the table says why: loosen a threshold, or drop a filter."
+        assert refusal(f"source={source}", f"out={out}") == said and not [*(out / "documents").iterdir()]
+
+
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, refusal: Refuse) -> None:
     monkeypatch.setitem(sys.modules, "datatrove.executor", None)
     said = "error: cleaning takes datatrove, which is not installed; pip install gemwright[clean]."
