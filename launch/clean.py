@@ -6,9 +6,10 @@
 source is what a run reads as data.source, and a run then reads data.source=clean/documents. filters are
 gopher_repetition, gopher_quality, c4 and fineweb, in any order, [] for none; dedup is exact, minhash or none.
 Thresholds are min_words max_words stop_words (gopher_quality), min_sentences end_punctuation (c4), ngram buckets
-hashes same_numbers (minhash). The result is the same for any workers=N. The same command again goes on where it was
-killed. executor=slurm partition=NAME submits the stages as jobs, with time, memory_gb and qos. on_bad=skip leaves out
-what cannot be read. Needs pip install gemwright[clean].
+hashes same_numbers (minhash). language=en language_model=lid.176.bin keeps documents in English. The result is the
+same for any workers=N. The same command again goes on where it was killed. executor=slurm partition=NAME submits the
+stages as jobs, with time, memory_gb and qos. on_bad=skip leaves out what cannot be read.
+Needs pip install gemwright[clean].
 """
 
 from __future__ import annotations

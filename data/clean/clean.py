@@ -19,7 +19,7 @@ def clean(asked: Cleaning) -> dict[str, Any] | None:
     A cleaning that was killed goes on. Raises `UserError` for what cannot be read, written, or asked.
     """
     check(asked)
-    _require_library()
+    _require_libraries(asked)
     from data.clean.executors import run_locally, submit
 
     plan = make_plan(asked)
@@ -38,12 +38,13 @@ def _report(folder: Folder) -> dict[str, Any] | None:
     return found
 
 
-def _require_library() -> None:
-    for name in ("datatrove.executor", "zstandard"):
+def _require_libraries(asked: Cleaning) -> None:
+    needed = dict.fromkeys(("datatrove.executor", "zstandard"), "gemwright[clean]")
+    if asked.language:
+        needed["fasttext"] = "fasttext-numpy2-wheel"
+    for name, wheel in needed.items():
         try:
             importlib.import_module(name)
         except ImportError as error:
             package = (error.name or name).partition(".")[0]
-            raise CleanError(
-                f"cleaning takes {package}, which is not installed; pip install gemwright[clean]."
-            ) from None
+            raise CleanError(f"cleaning takes {package}, which is not installed; pip install {wheel}.") from None

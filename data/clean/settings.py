@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from data.corpus.reading import ON_BAD
@@ -51,6 +52,12 @@ class Cleaning:
     """Fewest sentences that c4 leaves of a document."""
     end_punctuation: bool = True
     """Whether c4 drops lines that do not end in punctuation."""
+    language: list[str] = field(default_factory=list)
+    """Languages that stay, as the model names them; without any, no language is looked at."""
+    language_model: str | None = None
+    """File of a fastText model that tells languages apart, such as lid.176.bin."""
+    language_score: float = 0.65
+    """Least probability of a document's language."""
     ngram: int = 5
     """Words of each run that minhash compares."""
     buckets: int = 14
@@ -72,6 +79,7 @@ class Cleaning:
 _BELONGS = {
     "filters=gopher_quality": ("min_words", "max_words", "stop_words"),
     "filters=c4": ("min_sentences", "end_punctuation"),
+    "language": ("language_model", "language_score"),
     "dedup=minhash": ("ngram", "buckets", "hashes", "same_numbers"),
     "executor=slurm": ("partition", "time", "memory_gb", "qos"),
 }
@@ -102,14 +110,19 @@ def check(asked: Cleaning) -> None:
     twice = next((name for name in asked.filters if asked.filters.count(name) > 1), None)
     if twice:
         raise CleanError(f"filters= has {twice} twice; give it once.")
-    if not asked.filters and asked.dedup == "none":
+    if not asked.filters and not asked.language and asked.dedup == "none":
         raise CleanError("filters=[] with dedup=none leaves nothing to do; give a filter, or dedup=exact.")
     for needed, names in _BELONGS.items():
-        key, _, value = needed.partition("=")
+        key, equals, value = needed.partition("=")
         given = getattr(asked, key)
         idle = next((name for name in names if getattr(asked, name) != _default(name)), None)
-        if idle and value not in (given if isinstance(given, list) else [given]):
+        if idle and not (value in (given if isinstance(given, list) else [given]) if equals else given):
             raise CleanError(f"{idle}={getattr(asked, idle)} has no effect without {needed}; add that, or drop it.")
+    if asked.language and not (asked.language_model and Path(asked.language_model).expanduser().is_file()):
+        raise CleanError(
+            f"language={asked.language[0]} needs language_model=, the file of a fastText model such as lid.176.bin"
+            f"{f'; {asked.language_model} is none' if asked.language_model else ''}."
+        )
     if asked.executor == "slurm" and not asked.partition:
         raise CleanError("executor=slurm needs partition=; give one that `sinfo` lists.")
 

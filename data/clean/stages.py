@@ -35,6 +35,7 @@ from datatrove.utils.hashing import HashConfig
 from datatrove.utils.text import TextNormConfig
 
 from data.clean.folder import Folder, Plan
+from data.clean.language import Language
 from data.clean.settings import Cleaning
 from data.clean.steps import Counted, FirstOfEach, Kept, Report, Shards, Signatures, Texts
 from data.clean.tally import Tally
@@ -89,7 +90,11 @@ def _filters(asked: Cleaning, tally: Tally) -> list[PipelineStep]:
         ),
         "fineweb": FineWebQualityFilter,
     }
-    return [made[name](language=words, exclusion_writer=Counted(name, tally)) for name in asked.filters]
+    found = [made[name](language=words, exclusion_writer=Counted(name, tally)) for name in asked.filters]
+    if not asked.language:
+        return found
+    path = Path(str(asked.language_model)).expanduser().absolute()
+    return [Language(asked.language, path, asked.language_score, Counted("language", tally)), *found]
 
 
 def _exact(asked: Cleaning, work: Path) -> tuple[PipelineStep, list[Stage], Any]:
