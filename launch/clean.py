@@ -20,7 +20,7 @@ import time
 
 from data.clean.clean import clean
 from data.clean.settings import CleanError, Cleaning
-from data.clean.tally import rows
+from data.clean.tally import rows, unread
 from launch.arguments import run
 from launch.variants import table
 
@@ -38,6 +38,8 @@ def clean_texts(asked: Cleaning) -> None:
         return
     seconds = time.monotonic() - started
     print(table([*rows(report)]))
+    if unread(report):
+        print(f"not kept: {unread(report)}")
     if not report["documents_out"]:
         raise CleanError(
             f"nothing is left of {asked.source}; the table says why: loosen a threshold, or drop a filter."

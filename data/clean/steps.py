@@ -56,7 +56,7 @@ class Texts(PipelineStep):
                 else:
                     self.tally.drop("texts", "blank", name, text)
         reading.finish()
-        self.tally.bad = reading.counts.bad
+        self.tally.bad, self.tally.keys = reading.counts.bad, reading.counts.keys
 
 
 class Kept(PipelineStep):

@@ -10,6 +10,7 @@ from typing import Any
 
 from data.clean.folder import Folder, write_whole
 from data.clean.settings import Cleaning
+from data.corpus.counts import Counts, add
 
 _SHOWN = 160
 """Characters of an example."""
@@ -34,6 +35,8 @@ class Tally:
     bad: int = 0
     dropped: dict[str, Dropped] = field(default_factory=dict)
     """The keys are "filter: reason"."""
+    keys: dict[str, int] = field(default_factory=dict)
+    """Keys of records besides the text, which are not kept."""
     documents_out: int = 0
     bytes_out: int = 0
 
@@ -65,6 +68,8 @@ class Tally:
             self.documents_in += kept["documents_in"]
             self.bytes_in += kept["bytes_in"]
             self.bad += kept["bad"]
+            for key, number in kept["keys"].items():
+                add(self.keys, [key], number)
         if is_last:
             self.documents_out += kept["documents_out"]
             self.bytes_out += kept["bytes_out"]
@@ -106,6 +111,11 @@ def rows(report: dict[str, Any]) -> Iterator[dict[str, str]]:
     if report["bytes_cut"]:
         yield _row("cut by c4 from what is left", 0, report["bytes_cut"], report)
     yield _row("out", report["documents_out"], report["bytes_out"], report)
+
+
+def unread(report: dict[str, Any]) -> str:
+    """What of the source is in no document: keys of records, and files passed over; empty if there is nothing."""
+    return Counts(keys=report["keys"], files=report["passed_over"]).ignored()
 
 
 def _row(what: str, documents: int, size: int, report: dict[str, Any]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 from collections.abc import Callable
@@ -137,12 +138,16 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, refusal: Re
 def test_the_command_prints_the_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    source = lines(tmp_path / "texts.jsonl", [prose(0), prose(1), "short", prose(1)])
-    monkeypatch.setattr(
-        "sys.argv", ["clean", f"source={source}", f"out={tmp_path / 'out'}", "filters=[gopher_quality]"]
-    )
+    source = lines(tmp_path / "texts" / "texts.jsonl", [prose(0), prose(1), "short"])
+    with source.open("a") as file:
+        file.write(json.dumps({"text": prose(1), "url": "a"}) + "\n")
+    (source.parent / "paper.pdf").write_bytes(b"%PDF")
+    words = [f"source={source.parent}", f"out={tmp_path / 'out'}", "filters=[gopher_quality]"]
+    monkeypatch.setattr("sys.argv", ["clean", *words])
     main()
-    table = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    said = capsys.readouterr().out.splitlines()
+    assert "not kept: keys of lines: url (1); files: .pdf (1)" in said
+    table = [line.split("  ") for line in said]
     found = {line[0]: [cell.strip() for cell in line[1:] if cell.strip()] for line in table}
     assert found["in"][:2] == ["4", "100.0%"] and found["out"][:2] == ["2", "50.0%"]
     assert found["gopher_quality: gopher_short_doc"] == ["1", "25.0%", "0.00", "texts.jsonl: document 3"]
