@@ -6,6 +6,7 @@ import copy
 import io
 import logging
 import shutil
+import subprocess
 import sys
 import time
 from collections import deque
@@ -18,7 +19,7 @@ from datatrove.utils.logging import add_task_logger, close_task_logger
 from datatrove.utils.stats import PipelineStats
 from loguru import logger
 
-from data.clean.folder import Folder, Plan, unwritable
+from data.clean.folder import Folder, Plan, unwritable, write_whole
 from data.clean.settings import CleanError, Cleaning
 from data.clean.stages import Stage, make_stages
 from data.corpus.reading import go_on
@@ -56,8 +57,12 @@ class Local(LocalPipelineExecutor):
         except OSError as error:
             raise unwritable(Path(self.logging_dir.path), error) from None
         except Exception as error:
-            where = Path(self.logging_dir.path, "logs", f"task_{rank:05d}.log")
-            raise CleanError(f"task {rank} failed ({type(error).__name__}: {error}); {where} says where.") from error
+            logs = Path(self.logging_dir.path)
+            raise CleanError(
+                f"task {rank} of {logs.name} failed ({type(error).__name__}: {error}); "
+                f"{logs / 'logs' / f'task_{rank:05d}.log'} says where. If files of {logs.parents[1]} were changed, "
+                "remove it and start anew."
+            ) from error
 
     def _logged(self, rank: int) -> None:
         log_file = add_task_logger(self.logging_dir, rank)
@@ -110,10 +115,31 @@ def slurm_executors(asked: Cleaning, folder: Folder, stages: list[Stage]) -> lis
 
 
 def submit(asked: Cleaning, plan: Plan, folder: Folder) -> None:
-    """Hand all stages to SLURM; each waits for the one before."""
+    """Hand all stages to SLURM; each waits for the one before.
+
+    Raises `CleanError` while earlier jobs of the folder have not ended, or if SLURM refuses one.
+    """
     if shutil.which("sbatch") is None:
         raise CleanError(
             "executor=slurm needs the command sbatch, which is not here; start it where jobs are submitted."
         )
+    waiting = _waiting(folder)
+    if waiting:
+        raise CleanError(f"jobs {waiting} of {folder.out} are queued or run; wait for them, or end them by scancel.")
     logger.remove()
-    slurm_executors(asked, folder, make_stages(asked, plan, folder))[-1].run()
+    made = slurm_executors(asked, folder, make_stages(asked, plan, folder))
+    try:
+        made[-1].run()
+    except subprocess.CalledProcessError as error:
+        raise CleanError(f"sbatch refused a job (exit status {error.returncode}); mend what it says above.") from None
+    finally:
+        write_whole(folder.jobs, ",".join(str(one.job_id) for one in made if one.job_id not in (None, -1)))
+
+
+def _waiting(folder: Folder) -> str:
+    """The last jobs that have not ended; empty if all have, or SLURM has forgotten them."""
+    if not folder.jobs.is_file() or not folder.jobs.read_text():
+        return ""
+    asked = ["squeue", "--noheader", "--format=%A", f"--jobs={folder.jobs.read_text()}"]
+    said = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return ", ".join(dict.fromkeys(said.stdout.split()))

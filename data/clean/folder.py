@@ -52,6 +52,11 @@ class Folder:
         """What one stage leaves for the next."""
         return self.out / "work"
 
+    @property
+    def jobs(self) -> Path:
+        """Numbers of the jobs that SLURM was given last."""
+        return self.out / "logs" / "jobs.txt"
+
     def logs(self, stage: str) -> Path:
         """What a stage keeps of itself."""
         return self.out / "logs" / stage
@@ -80,7 +85,7 @@ def make_plan(asked: Cleaning) -> Plan:
     """The files of the source, dealt to tasks by their sizes alone. Raises `SourceError` where there are none."""
     found = source_files(asked.source)
     files = [path.absolute() for path in found.files]
-    out = Path(asked.out).absolute()
+    out = Path(asked.out).expanduser().absolute()
     inside = next((path for path in files if path.is_relative_to(out)), None)
     if inside:
         raise CleanError(f"out={asked.out} holds {inside} of the source; give another folder.")
@@ -101,6 +106,10 @@ def begin(asked: Cleaning, plan: Plan) -> Folder:
     wanted = json.dumps(
         {"settings": deciding(asked), "tasks": [[_state(name) for name in task] for task in plan.tasks]}
     )
+    if set(str(folder.out)) & set("*?[]") or "::" in str(folder.out):
+        raise CleanError(
+            f"out={folder.out} has *, ?, [, ] or :: in it, which datatrove takes for a pattern; give another."
+        )
     try:
         if folder.asked.is_file():
             _compare(asked.out, json.loads(folder.asked.read_text(encoding="utf-8")), json.loads(wanted))

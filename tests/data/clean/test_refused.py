@@ -80,6 +80,24 @@ def test_a_folder_that_is_not_this_cleaning_s_is_refused(refusal: Refuse, tmp_pa
     assert refusal("dedup=none").startswith(said)
 
 
+def test_a_name_that_the_library_takes_for_a_pattern_is_refused(refusal: Refuse, tmp_path: Path) -> None:
+    for name in ("run[1]", "a::b"):
+        assert refusal(f"out={tmp_path / name}").startswith(f"error: out={tmp_path / name} has *, ?, [, ] or :: in it")
+
+
+def test_what_was_changed_on_its_way_is_named(tmp_path: Path) -> None:
+    source, out = lines(tmp_path / "texts.jsonl", [prose(0), prose(1)]), tmp_path / "out"
+    cleaned(source, out)
+    for path in (out / "report.json", out / "logs" / "write" / "completions" / "00000"):
+        path.unlink()
+    (out / "work" / "kept").mkdir(parents=True)
+    (out / "work" / "kept" / "00000.jsonl.zst").write_bytes(b"not packed")
+    with pytest.raises(
+        CleanError, match=r"task 0 of write failed \(ZstdError: .*task_00000.log says where. If files of"
+    ):
+        cleaned(source, out)
+
+
 def test_a_folder_is_filled_by_one_process(tmp_path: Path) -> None:
     asked = Cleaning(str(lines(tmp_path / "texts.jsonl", [prose(0)])), str(tmp_path / "out"))
     folder = begin(asked, make_plan(asked))

@@ -26,7 +26,11 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     commands, jobs = tmp_path / "bin", tmp_path / "jobs"
     commands.mkdir()
     jobs.mkdir()
-    for name, script in (("sbatch", SBATCH.format(jobs=jobs)), ("scontrol", "#!/bin/sh\necho one\n")):
+    for name, script in (
+        ("sbatch", SBATCH.format(jobs=jobs)),
+        ("scontrol", "#!/bin/sh\necho one\n"),
+        ("squeue", f"#!/bin/sh\ncat {jobs.parent}/alive\n"),
+    ):
         (commands / name).write_text(script)
         (commands / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}:/usr/bin:/bin")
@@ -56,6 +60,9 @@ def test_jobs_wait_for_each_other_and_write_what_local_processes_write(
     assert {(args["partition"], args["time"], args["mem-per-cpu"]) for args in found} == {("cpu", "1:00:00", "3G")}
     waits = [re.findall(r"--dependency=(\S+)", script.splitlines()[0]) for script in stages]
     assert waits == [[], ["afterok:1"], ["afterok:3"], ["afterok:5"], ["afterok:7"]]
+    (tmp_path / "alive").write_text("3\n5\n5\n")
+    with pytest.raises(CleanError, match=r"jobs 3, 5 of .* are queued or run; wait for them, or end them by scancel"):
+        clean(asked)
     monkeypatch.setenv("SLURM_NODELIST", "one")
     for script, args in zip(stages, found, strict=True):
         pickled = re.findall(r"launch_pickled_pipeline (\S+)", script)[0]
@@ -67,6 +74,13 @@ def test_jobs_wait_for_each_other_and_write_what_local_processes_write(
     assert report == cleaned(tmp_path / "texts", tmp_path / "local", **keys)
     assert contents(tmp_path / "out") == contents(tmp_path / "local")
     assert len([*jobs.iterdir()]) == len(scripts), "what is done is not submitted again"
+
+
+def test_a_job_that_is_refused_is_told(tmp_path: Path, jobs: Path) -> None:
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\nexit 3\n")
+    source = lines(tmp_path / "texts.jsonl", [prose(0)])
+    with pytest.raises(CleanError, match=r"sbatch refused a job \(exit status 3\); mend what it says above"):
+        clean(Cleaning(str(source), str(tmp_path / "out"), executor="slurm", partition="no"))
 
 
 def test_without_slurm_nothing_is_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
