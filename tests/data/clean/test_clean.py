@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import gzip
 import multiprocessing
-import os
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,6 @@ from data.clean.steps import FirstOfEach
 from data.corpus.prepare import prepare
 from data.corpus.text import TextFormat
 from tests.data.clean.texts import cleaned, contents, counts, lines, prose, texts_of
-from tests.harness.processes import wait_until
 
 GOOD = [prose(seed) for seed in range(8)]
 BAD = {
@@ -112,29 +111,47 @@ def test_clusters_keep_their_first_document_whatever_joins_them(tmp_path: Path) 
     assert removed == {"000001.remove": [3, 9], "000002.remove": [0, 1, 2]}
 
 
+KILLS_ONCE = """
+import os, signal
+
+class Model:
+    def __init__(self, done):
+        self.done = done
+
+    def predict(self, text):
+        if text.startswith("Stop") and not os.path.exists(self.done):
+            open(self.done, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ("__label__en",), [1.0]
+
+def load_model(path):
+    return Model(path + ".done")
+"""
+
+
 def many(folder: Path) -> Path:
-    for number in range(8):
-        texts = [prose(draw, 6) for draw in range(100 * number, 100 * number + 30)]
+    for number in range(6):
+        texts = [prose(draw, 6) for draw in range(100 * number, 100 * number + 10)]
         lines(folder / f"{number}.jsonl", [*texts, *texts[:5], prose(0, 6), "short"])
+    lines(folder / "4.jsonl", [*texts, "Stop " + prose(1000), prose(0, 6)])
     return folder
 
 
-def test_a_killed_cleaning_goes_on_and_workers_change_no_byte(tmp_path: Path) -> None:
-    source, once, killed = many(tmp_path / "texts"), tmp_path / "once", tmp_path / "killed"
-    keys = {"tasks": 8, "dedup": "minhash", "buckets": 4}
-    report = cleaned(source, once, **keys)
-    assert counts(report) == {"minhash: duplicate": 48, "gopher_quality: gopher_short_doc": 8}
+def test_a_killed_cleaning_goes_on_and_workers_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fasttext.py").write_text(KILLS_ONCE)
+    monkeypatch.delitem(sys.modules, "fasttext", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    source, once, killed, model = many(tmp_path / "texts"), tmp_path / "once", tmp_path / "killed", tmp_path / "model"
+    model.touch()
+    keys = {"tasks": 6, "dedup": "minhash", "buckets": 4, "language": ["en"], "language_model": str(model)}
     process = multiprocessing.get_context("fork").Process(target=cleaned, args=(source, killed), kwargs=keys)
     process.start()
-    done = killed / "logs" / "filter" / "completions"
-    assert wait_until(lambda: (done / "00001").exists(), 30)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
     process.join()
-    assert not (killed / "report.json").exists()
+    done = killed / "logs" / "filter" / "completions"
+    assert (process.exitcode, len([*done.iterdir()])) == (-signal.SIGKILL, 4)
+    assert [path.name for path in (killed / "work" / "kept").glob(".*")] == [".00004.jsonl.zst.part"]
     first = (done / "00000").stat().st_mtime_ns
-    cleaned(source, killed, **keys | {"workers": 2})
-    assert contents(killed) == contents(once)
-    assert (done / "00000").stat().st_mtime_ns == first
-    again = cleaned(source, killed, **keys)
-    assert again == report and (done / "00000").stat().st_mtime_ns == first
+    report = cleaned(source, killed, **keys | {"workers": 2})
+    assert counts(report) == {"minhash: duplicate": 41, "gopher_quality: gopher_short_doc": 5}
+    assert report == cleaned(source, once, **keys) and contents(killed) == contents(once)
+    assert cleaned(source, killed, **keys) == report and (done / "00000").stat().st_mtime_ns == first
