@@ -48,7 +48,7 @@ def in_order(
     work: Callable[[Item], Result],
     items: Iterable[Item],
     check_stop: Callable[[], None],
-    workers: int | None = None,
+    workers: int = 0,
     abandon: Callable[[], None] = lambda: None,
 ) -> Iterator[Result]:
     """`work` of each item, in the order of the items, by `workers` processes, or as many as there are processors.

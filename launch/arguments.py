@@ -15,6 +15,8 @@ T = TypeVar("T")
 def parse(schema: type[T], arguments: list[str], words: str | None = None) -> T:
     """A `schema` from KEY=VALUE texts. A list field takes its key once for each item, a dict {NAME: TEXT, ...}.
 
+    A list field with choices also takes several at once, as [A,B], and none, as [].
+
     words: the list field that takes what has no key. A field's metadata may have `choices`, the texts that are legal.
     Raises `UserError` for an unknown key, a wrong type, or a field without default that is not given.
     """
@@ -28,11 +30,15 @@ def parse(schema: type[T], arguments: list[str], words: str | None = None) -> T:
             raise UserError(f"{key} is no argument; nearest: {nearest(key, hints)} (all: {', '.join(hints)}).")
         if not equals:
             raise UserError(f"'{argument}' is not KEY=VALUE; write {key}=....")
-        legal = fields[key].metadata.get("choices", (text,))
-        if text not in legal:
-            raise UserError(f"{key}={text} does not exist; nearest: {nearest(text, legal)} (all: {', '.join(legal)}).")
-        if get_origin(hints[key]) is list:
-            values.setdefault(key, []).append(_convert(key, text, hints[key]))
+        is_list, legal = get_origin(hints[key]) is list, fields[key].metadata.get("choices")
+        items = _items(text) if is_list and legal else [text]
+        for item in items:
+            if legal and item not in legal:
+                raise UserError(
+                    f"{key}={item} does not exist; nearest: {nearest(item, legal)} (all: {', '.join(legal)})."
+                )
+        if is_list:
+            values.setdefault(key, []).extend(_convert(key, item, hints[key]) for item in items)
         elif key in values:
             raise UserError(f"{key} is given twice; give it once.")
         else:
@@ -81,6 +87,11 @@ def _convert(key: str, text: str, hint: Any) -> Any:
     except ValueError:
         what = {int: "a whole number", float: "a number"}[kind]
         raise UserError(f"{key}={text} has the wrong type; {key} is {what}.") from None
+
+
+def _items(text: str) -> list[str]:
+    bare = text.removeprefix("[").removesuffix("]")
+    return [item.strip() for item in bare.split(",")] if bare else []
 
 
 def _texts_by_name(key: str, text: str) -> dict[str, str]:

@@ -35,6 +35,7 @@ COMMANDS = {
     "memory": Command("launch.memory", "Count what a run's ranks will hold, without a GPU.", "8 +variant=31b"),
     "variants": Command("launch.variants", "List models, their sizes and parameters.", "e4b 31b"),
     "benchmark": Command("launch.benchmarks.compare", "Measure a kernel or a step beside the plain one.", "attention"),
+    "clean": Command("launch.clean", "Filter texts and take out duplicates.", "source=texts out=clean"),
     "prepare": Command("launch.prepare", "Tokenise texts once and keep the result.", "source=texts"),
     "show": Command("launch.show", "Show conversations with what is learned in colour.", "file=chats.jsonl"),
     "questions": Command("launch.questions", "Write conversations to try fine-tuning with.", "out=questions.jsonl"),

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from data.chat.encode import encode
 from data.chat.render import render
 from data.chat.template import chat_template
+from data.clean.settings import Cleaning
 from data.tokenizer import train_tokenizer
 from launch.arguments import parse
 from launch.benchmarks.compare import Options as BenchmarkOptions
@@ -150,6 +151,9 @@ def test_a_mistyped_word_or_key_names_the_nearest(arguments: list[str], message:
 def test_words_and_keys_may_be_mixed() -> None:
     assert parse(BenchmarkOptions, ["loss", "rounds=3", "load"], "what") == BenchmarkOptions(["loss", "load"], 3)
     assert parse(BenchmarkOptions, ["what=loss"]) == BenchmarkOptions(["loss"])
+    given = ["source=a", "out=b", "filters=[c4, fineweb]", "filters=gopher_quality"]
+    assert parse(Cleaning, given).filters == ["c4", "fineweb", "gopher_quality"]
+    assert parse(Cleaning, [*given[:2], "filters=[]"]).filters == []
 
 
 def test_export_of_a_run_by_command(tmp_path: Path) -> None:
