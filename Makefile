@@ -14,7 +14,8 @@ setup: .venv/.installed
 	touch $@
 
 train: setup
-	$(BIN)/torchrun --nproc 2 train/main.py run.device=cpu run.dir=runs/demo data.held_out=0.02
+	$(BIN)/torchrun --nproc 2 train/main.py run.device=cpu run.dir=runs/demo data.held_out=0.02 \
+		train.steps=200 train.global_batch_size=8 train.micro_batch_size=4
 
 test: setup lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile

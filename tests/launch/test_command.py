@@ -42,7 +42,7 @@ def test_a_command_is_told_its_own_arguments(tmp_path: Path) -> None:
     assert (status, out) == (1, "")
     assert (
         error
-        == "error: sauce is no argument; nearest: source (all: source, tokenizer, vocab_size, cache, on_bad, strict).\n"
+        == "error: sauce is no argument; nearest: source (all: source, tokenizer, vocab_size, cache, on_bad, strict, workers).\n"
     )
 
 
