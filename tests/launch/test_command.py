@@ -41,8 +41,8 @@ def test_a_command_is_told_its_own_arguments(tmp_path: Path) -> None:
     status, out, error = gemwright("prepare", "sauce=texts", cwd=tmp_path)
     assert (status, out) == (1, "")
     assert (
-        error
-        == "error: sauce is no argument; nearest: source (all: source, tokenizer, vocab_size, cache, on_bad, strict, workers).\n"
+        error == "error: sauce is no argument; nearest: source "
+        "(all: source, tokenizer, vocab_size, cache, on_bad, strict, workers).\n"
     )
 
 
